@@ -1,0 +1,240 @@
+"""Registers the ops with PyTorch and chooses their backend: the one file that knows torch.library.
+
+An op is registered twice. ``fmkernels::<op>`` has the Python reference for every device and, on
+top of it, whatever kernels exist: PyTorch's dispatcher chooses by device. The same reference is
+also an op of its own, ``fmkernels::<op>_reference``, because a kernel hides the first from its own
+device; forcing the reference, and inputs past a kernel's limits, take the second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cpp", "triton", "cuda", "reference")
+DEVICE_OF = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+LIBRARY = torch.library.Library("fmkernels", "DEF")
+OPS: dict[str, Op] = {}
+
+
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    """The compiled extension, or None and the reason in words."""
+    if os.environ.get("FMKERNELS_NO_EXTENSION", "0") not in ("", "0"):
+        return None, "switched off by FMKERNELS_NO_EXTENSION"
+    try:
+        from fmkernels import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "_C" in str(error) and "cannot import name" in str(error):
+            return None, "the extension was not built (no C++ compiler at installation?)"
+        return None, f"the extension does not load: {error}"
+    return _C, None
+
+
+native, native_error = _load_native()
+
+
+def _check_backend(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        choices = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"backend: name: expected one of {choices}, got {name!r}")
+    return name
+
+
+_requested = _check_backend(os.environ.get("FMKERNELS_BACKEND", "auto"))
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend, for parity checks and for bisecting.
+
+    Args:
+        name: ``"auto"`` (the fastest that can run, the default), ``"reference"`` (PyTorch),
+            ``"cpp"``, ``"triton"`` or ``"cuda"``. The environment variable ``FMKERNELS_BACKEND``
+            sets the same for a whole process.
+
+    Raises:
+        ValueError: if there is no backend of that name. An op that the backend cannot run raises
+            ``RuntimeError`` when it is called, with the reason of every backend.
+
+    The choice holds for the whole process, other threads included. A backward pass runs where
+    its forward pass ran.
+
+    Example:
+        >>> import torch, fmkernels
+        >>> with fmkernels.backend("reference"):
+        ...     values, permutation = fmkernels.soft_sort(torch.tensor([0.3, 0.1]))
+    """
+    global _requested
+    previous = _requested
+    _requested = _check_backend(name)
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+class Op:
+    """One registered op: callable, differentiable, and able to say which backends can run it."""
+
+    def __init__(
+        self,
+        name: str,
+        signature: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        limits: Callable[..., str | None] = lambda *args: None,
+    ) -> None:
+        """Define and register the op.
+
+        Args:
+            name: its name in ``torch.ops.fmkernels``.
+            signature: the schema without the name, ``"(Tensor x, float s) -> Tensor"``.
+            reference: the PyTorch implementation that defines what is right.
+            fake: shapes and dtypes of the outputs, for ``torch.compile`` and the meta device.
+            setup_context: what to keep for backward, as in ``torch.autograd.Function``.
+            backward: the gradient. Both or neither; it must not be differentiated again.
+            limits: why the compiled kernels refuse these arguments, or None.
+        """
+        self.name = name
+        self.limits = limits
+        self.overload = self._register(name, signature, reference, fake)
+        self.reference_overload = self._register(f"{name}_reference", signature, reference, fake)
+        self._function: type[torch.autograd.Function] | None = None
+        if setup_context is not None and backward is not None:
+            self._make_differentiable(setup_context, backward)
+        OPS[name] = self
+
+    @staticmethod
+    def _register(
+        name: str, signature: str, reference: Callable[..., Any], fake: Callable[..., Any]
+    ) -> torch._ops.OpOverload:
+        LIBRARY.define(name + signature)
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fmkernels::{name}", fake, lib=LIBRARY)
+        packet = getattr(torch.ops.fmkernels, name)
+        torch.library.register_vmap(f"fmkernels::{name}", _refuse_vmap(name), lib=LIBRARY)
+        return packet.default  # type: ignore[no-any-return]
+
+    def _make_differentiable(
+        self, setup_context: Callable[..., None], backward: Callable[..., Any]
+    ) -> None:
+        def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
+            with torch.no_grad():
+                result = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return result
+            return tuple(
+                grad if grad is None else _Once.apply(self.name, grad, *ctx.saved_tensors)
+                for grad in result
+            )
+
+        for overload in (self.overload, self.reference_overload):
+            torch.library.register_autograd(
+                overload, backward_once, setup_context=setup_context, lib=LIBRARY
+            )
+
+        # The registration above is what torch.compile sees. In eager mode and under torch.func an
+        # autograd.Function called from here does the same, at a quarter of the host time.
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(overload: Any, *args: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    return overload(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                setup_context(ctx, inputs[1:], output)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
+                return (None, *backward_once(ctx, *grads))
+
+            vmap = staticmethod(_refuse_vmap(self.name))
+
+        Function.__name__ = Function.__qualname__ = self.name
+        self._function = Function
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op on the backend that the dispatcher or ``fmkernels.backend`` chooses."""
+        overload = self._select(args)
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        if torch._C._are_functorch_transforms_active():
+            return overload(*args) if self._function is None else self._function.apply(overload, *args)
+        if self._function is not None and torch.is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    return self._function.apply(overload, *args)
+        with torch._C._AutoDispatchBelowAutograd():  # no graph: skip the Python autograd kernel
+            return overload(*args)
+
+    def _select(self, args: tuple[Any, ...]) -> torch._ops.OpOverload:
+        if _requested == "auto":
+            return self.overload if self.limits(*args) is None else self.reference_overload
+        if _requested == "reference":
+            return self.reference_overload
+        if self.why_not(_requested, *args) is not None:
+            reasons = "; ".join(
+                f"{name}: {self.why_not(name, *args) or 'can run'}" for name in BACKENDS
+            )
+            raise RuntimeError(
+                f"{self.name}: backend {_requested!r} cannot run this call ({reasons})"
+            )
+        return self.overload
+
+    def why_not(self, backend: str, *args: Any) -> str | None:
+        """Why ``backend`` cannot run this op (on these arguments, if given), or None if it can."""
+        if backend == "reference":
+            return None
+        if backend == "cpp" and native is None:
+            return native_error
+        if backend != "cpp":
+            return "no such kernel in this build"
+        devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
+        if devices - {DEVICE_OF[backend]}:
+            return f"needs tensors on {DEVICE_OF[backend]}, got {', '.join(sorted(devices))}"
+        return self.limits(*args) if args else None
+
+    def backends(self) -> dict[str, str | None]:
+        """For every backend None if it can run this op on its device, else the reason."""
+        return {name: self.why_not(name) for name in BACKENDS}
+
+
+def _refuse_vmap(name: str) -> Callable[..., Any]:
+    name = name.removesuffix("_reference").removesuffix("_backward")
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}: vmap is not supported; the op takes any leading batch shape, "
+            "so call it on the whole batch"
+        )
+
+    return refuse
+
+
+class _Once(torch.autograd.Function):
+    """The identity on a gradient; differentiating it again raises instead of giving zeros."""
+
+    @staticmethod
+    def forward(name: str, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: double backward is not supported: its gradient cannot be differentiated"
+        )

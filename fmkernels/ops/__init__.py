@@ -1,0 +1,1 @@
+"""The ops: stateless functions on tensors, one folder each."""

@@ -1,0 +1,155 @@
+"""Differentiable sorting: the sorted values and the relaxed permutation matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmkernels import _checks
+from fmkernels._library import Op
+from fmkernels.ops.soft_sort import reference
+from fmkernels.ops.soft_sort.networks import NETWORKS, sorts
+from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
+
+MAX_KERNEL_SIZE = 1024
+"""Rows longer than this are sorted by the reference."""
+
+
+def soft_sort(
+    scores: Tensor,
+    *,
+    steepness: float = 100.0,
+    network: str = "bitonic",
+    distribution: str = "cauchy",
+    art_lambda: float = 0.25,
+) -> tuple[Tensor, Tensor]:
+    """Sort every row ascending with a relaxed sorting network, differentiably.
+
+    A comparator on wires (lo, hi) of the network, with Δ = x_hi − x_lo, replaces the two values by
+
+        x_lo ← k·x_lo + c·x_hi,   x_hi ← c·x_lo + k·x_hi,   k = f(steepness·Δ),  c = 1 − k
+
+    and the permutation matrix P records the mixture: ``values = scores @ P``. For steepness → ∞
+    it becomes the hard sort (of rows without ties).
+
+    Args:
+        scores: (…, n), any floating dtype, strides and device; n ≥ 1.
+        steepness: s ≥ 0, per unit of score: scores 1/s apart are clearly ordered.
+        network: ``"bitonic"`` (diffsort's; not every n), ``"reflected_bitonic"``,
+            ``"odd_even_merge"`` or ``"odd_even"``. The result depends on the choice.
+        distribution: f, a cumulative distribution function: ``"cauchy"``, ``"reciprocal"``,
+            ``"optimal"`` (slow tails), ``"logistic"``, ``"logistic_phi"``, ``"gaussian"``.
+        art_lambda: exponent λ of ``logistic_phi``: f(s·Δ/(|Δ| + 1e-10)^λ).
+
+    Returns:
+        ``values`` (…, n), ascending up to the relaxation, and ``permutation`` (…, n, n) with
+        ``permutation[..., i, j]`` the weight of input i in slot j; rows and columns sum to 1.
+        Both in the dtype of ``scores``.
+
+    Raises:
+        TypeError: ``scores`` is not a floating-point tensor, or a number is expected.
+        ValueError: an unknown network or distribution, a negative or non-finite steepness, or a
+            ``bitonic`` of a size at which diffsort's wiring does not sort (22, 38, 42, …).
+        NotImplementedError: under ``vmap``. Double backward raises ``RuntimeError``.
+
+    Numerics:
+        Computed in float32 (float64 for float64). Every entry of P is a sum of products of
+        positive weights, so it keeps its relative precision down to the smallest normal number.
+
+    Source:
+        Petersen et al., *Monotonic differentiable sorting networks*, ICLR 2022.
+
+    Example:
+        >>> import torch, fmkernels
+        >>> values, permutation = fmkernels.soft_sort(torch.tensor([0.9, 0.1, 0.5]))
+        >>> permutation.argmax(dim=-1).tolist()  # 0.9 goes to the last slot, 0.1 to the first
+        [2, 0, 1]
+        >>> torch.allclose(values, torch.tensor([0.9, 0.1, 0.5]) @ permutation)
+        True
+    """
+    _checks.floating_tensor("soft_sort", "scores", scores)
+    check_network("soft_sort", network, scores.shape[-1], distribution, steepness, art_lambda)
+    if scores.dtype in HALF and torch.is_autocast_enabled(scores.device.type):
+        scores = scores.float()
+    return SOFT_SORT(scores, steepness, network, distribution, art_lambda)  # type: ignore[no-any-return]
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_network(
+    op: str, network: str, n: int, distribution: str, steepness: float, art_lambda: float
+) -> None:
+    """The checks that every op on a sorting network shares."""
+    _checks.non_negative(op, "steepness", steepness)
+    _checks.non_negative(op, "art_lambda", art_lambda)
+    if network not in NETWORKS:
+        _checks.choice(op, "network", network, NETWORKS)
+    if distribution not in DISTRIBUTIONS:
+        _checks.choice(op, "distribution", distribution, DISTRIBUTIONS)
+    if network == "bitonic" and not torch.compiler.is_compiling():
+        check_sorts(op, network, n)
+
+
+def check_sorts(op: str, network: str, n: int) -> None:
+    """Refuse a wiring that leaves some inputs unsorted."""
+    if not sorts(network, int(n)):
+        alternatives = ", ".join(repr(name) for name in NETWORKS if name != network)
+        raise ValueError(
+            f"{op}: network: expected one that sorts {n} values; {network!r} (diffsort's wiring) "
+            f"does not for this size; use one of {alternatives}"
+        )
+
+
+def _fake(
+    scores: Tensor, steepness: float, network: str, distribution: str, art_lambda: float
+) -> tuple[Tensor, Tensor]:
+    n = scores.shape[-1]
+    if network == "bitonic":
+        check_sorts("soft_sort", network, n)
+    return scores.new_empty(scores.shape), scores.new_empty((*scores.shape, n))
+
+
+def size_limit(scores: Tensor, *_: Any) -> str | None:
+    """Why the compiled kernels refuse these scores, or None."""
+    n = scores.shape[-1]
+    return None if n <= MAX_KERNEL_SIZE else f"rows of {n} values exceed {MAX_KERNEL_SIZE}"
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    scores, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(scores)
+
+
+def _backward(
+    ctx: Any, grad_values: Tensor | None, grad_permutation: Tensor | None
+) -> tuple[Tensor | None, None, None, None, None]:
+    if grad_values is None and grad_permutation is None:
+        return None, None, None, None, None
+    (scores,) = ctx.saved_tensors
+    grad = SOFT_SORT_BACKWARD(grad_values, grad_permutation, scores, *ctx.settings)
+    return grad, None, None, None, None
+
+
+_SETTINGS = "float steepness, str network, str distribution, float art_lambda"
+
+SOFT_SORT = Op(
+    "soft_sort",
+    f"(Tensor scores, {_SETTINGS}) -> (Tensor values, Tensor permutation)",
+    reference=reference.soft_sort,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    limits=size_limit,
+)
+
+SOFT_SORT_BACKWARD = Op(
+    "soft_sort_backward",
+    f"(Tensor? grad_values, Tensor? grad_permutation, Tensor scores, {_SETTINGS}) -> Tensor",
+    reference=reference.soft_sort_backward,
+    fake=lambda grad_values, grad_permutation, scores, *_: scores.new_empty(scores.shape),
+    limits=lambda grad_values, grad_permutation, scores, *_: size_limit(scores),
+)

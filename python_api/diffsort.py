@@ -1,0 +1,97 @@
+"""``diffsort.DiffSortNet`` on the fused op: change the import, keep the code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fmkernels import soft_sort
+
+
+class DiffSortNet(nn.Module):
+    """A differentiable sorting network with the interface of ``diffsort.DiffSortNet``.
+
+    The same constructor, results and (empty) ``state_dict``. One documented difference: it refuses
+    the sizes at which diffsort's bitonic wiring does not sort (22, 38, 42, …). The module has no
+    tensors, so it works on whatever device its input is on.
+
+    Args:
+        sorting_network_type: ``"bitonic"`` or ``"odd_even"``; also ``"reflected_bitonic"`` and
+            ``"odd_even_merge"``, which diffsort does not have.
+        size: n, the length of the rows.
+        device: accepted for compatibility; the input's device decides.
+        steepness: s ≥ 0, per unit of score.
+        art_lambda: exponent of ``"logistic_phi"``.
+        interpolation_type: diffsort's older name of ``distribution``.
+        distribution: see :func:`fmkernels.soft_sort`.
+
+    Raises:
+        ValueError: an argument that does not fit, at construction.
+
+    Example:
+        >>> import torch
+        >>> from fmkernels.api import DiffSortNet
+        >>> sorter = DiffSortNet("odd_even", 3, steepness=50)
+        >>> values, permutation = sorter(torch.tensor([[3.0, 1.0, 2.0]]))
+        >>> permutation.shape
+        torch.Size([1, 3, 3])
+    """
+
+    def __init__(
+        self,
+        sorting_network_type: str,
+        size: int,
+        device: torch.device | str = "cpu",
+        steepness: float = 10.0,
+        art_lambda: float = 0.25,
+        interpolation_type: str | None = None,
+        distribution: str = "cauchy",
+    ) -> None:
+        super().__init__()
+        if interpolation_type is not None:
+            if distribution not in (None, "cauchy", interpolation_type):
+                raise ValueError(
+                    f"DiffSortNet: interpolation_type: expected the same as distribution, "
+                    f"{distribution!r} (it is an older name of it), got {interpolation_type!r}"
+                )
+            distribution = interpolation_type
+        self.sorting_network_type = sorting_network_type
+        self.size = size
+        self.steepness = steepness
+        self.art_lambda = art_lambda
+        self.distribution = distribution
+        self._sort(torch.zeros(1, self._checked_size(size)))  # refuse bad settings here and now
+
+    @staticmethod
+    def _checked_size(size: int) -> int:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"DiffSortNet: size: expected an integer >= 1, got {size!r}")
+        return size
+
+    def _sort(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return soft_sort(
+            vectors,
+            steepness=self.steepness,
+            network=self.sorting_network_type,
+            distribution=self.distribution,
+            art_lambda=self.art_lambda,
+        )
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, size) -> sorted values (batch, size), permutation (batch, size, size).
+
+        ``permutation[b, i, j]`` is the weight of input i in slot j, as in diffsort.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self.size:
+            raise ValueError(
+                f"DiffSortNet: vectors: expected shape (batch, {self.size}), "
+                f"got {tuple(vectors.shape)}"
+            )
+        return self._sort(vectors)
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows between the parentheses."""
+        return (
+            f"{self.sorting_network_type!r}, {self.size}, steepness={self.steepness}, "
+            f"distribution={self.distribution!r}"
+        )
