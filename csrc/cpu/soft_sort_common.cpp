@@ -1,0 +1,52 @@
+#include "soft_sort_common.h"
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+#include "fmkernels/networks.h"
+
+namespace fmkernels {
+namespace {
+
+struct Entry {
+  SortingNetwork network;
+  SortingPlan plan;
+  Entry(const std::string& name, int32_t n) : network(name, n), plan(network.plan()) {}
+};
+
+}  // namespace
+
+const SortingPlan& sorting_plan(const std::string& network, int64_t n) {
+  static std::mutex mutex;
+  static std::map<std::pair<std::string, int64_t>, std::unique_ptr<Entry>> entries;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_ptr<Entry>& entry = entries[{network, n}];
+  if (entry == nullptr) {
+    auto made = std::make_unique<Entry>(network, static_cast<int32_t>(n));
+    if (n > 1 && made->plan.comparator_count == 0) {
+      throw std::runtime_error("soft_sort: network: unknown name '" + network + "'");
+    }
+    entry = std::move(made);
+  }
+  return entry->plan;
+}
+
+Distribution parse_distribution(const std::string& name) {
+  if (name == "logistic") return Distribution::logistic;
+  if (name == "logistic_phi") return Distribution::logistic_phi;
+  if (name == "gaussian") return Distribution::gaussian;
+  if (name == "reciprocal") return Distribution::reciprocal;
+  if (name == "cauchy") return Distribution::cauchy;
+  if (name == "optimal") return Distribution::optimal;
+  throw std::runtime_error("soft_sort: distribution: unknown name '" + name + "'");
+}
+
+// The arrays of Scratch in soft_sort_kernel.cpp.
+size_t scratch_values(const SortingPlan& plan) {
+  return 6 * static_cast<size_t>(plan.size) + 9 * static_cast<size_t>(plan.comparator_count);
+}
+
+}  // namespace fmkernels

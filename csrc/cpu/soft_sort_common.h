@@ -1,0 +1,60 @@
+// What soft_sort and soft_sort_cross_entropy share: settings, cached plans, the parallel loop.
+#pragma once
+
+#include <string>
+
+#include "cpu_isa.h"
+#include "scratch.h"
+#include "soft_sort_kernel.h"
+#include "tensors.h"
+
+namespace fmkernels {
+
+constexpr int64_t max_kernel_size = 1024;  // longer rows are sorted by the reference op
+
+// The plan of a network, built once per process. Throws for an unknown name.
+const SortingPlan& sorting_plan(const std::string& network, int64_t n);
+
+Distribution parse_distribution(const std::string& name);
+
+template <class T>
+const SoftSortKernels<T>& soft_sort_kernels();
+template <>
+inline const SoftSortKernels<float>& soft_sort_kernels<float>() {
+  return FMKERNELS_FOR_CPU_ISA(soft_sort_f32);
+}
+template <>
+inline const SoftSortKernels<double>& soft_sort_kernels<double>() {
+  return FMKERNELS_FOR_CPU_ISA(soft_sort_f64);
+}
+
+template <class T>
+SoftSortArgs<T> soft_sort_args(
+    const Tensor& scores, double steepness, const std::string& network,
+    const std::string& distribution, double art_lambda) {
+  const int64_t n = scores.size(-1);
+  return {
+      sorting_plan(network, n),    parse_distribution(distribution),
+      static_cast<T>(steepness),   static_cast<T>(art_lambda),
+      scores.numel() / n,          data_of<const T>(scores)};
+}
+
+// Runs kernel(args, first group, last group, scratch) over all groups of `lanes` queries.
+template <class T, class Args>
+void for_query_groups(
+    void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& args, const SortingPlan& plan,
+    int64_t queries, int lanes) {
+  const int64_t groups = (queries + lanes - 1) / lanes;
+  if (groups == 0) return;
+  const size_t bytes = scratch_values(plan) * static_cast<size_t>(lanes) * sizeof(T);
+  const auto run = [&](int64_t first, int64_t last) {
+    kernel(args, first, last, ThreadScratch(bytes).as<T>());
+  };
+  if (groups == 1) return run(0, 1);
+  // a group of small n takes less time than waking a thread does: about 10 ns per comparator and
+  // pair of rows, against some 20 µs
+  const int64_t work = int64_t{plan.comparator_count} * plan.size / 2 + 1;
+  torch::stable::parallel_for(0, groups, 1 + 4000 / work, run);
+}
+
+}  // namespace fmkernels

@@ -1,0 +1,61 @@
+// The few things that every CPU op does with tensors, on LibTorch's stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace fmkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+
+// float64 is computed in float64, everything narrower in float32.
+inline ScalarType compute_type(const Tensor& tensor) {
+  return is_double(tensor) ? ScalarType::Double : ScalarType::Float;
+}
+
+// The same numbers, dense, in `type`; no copy where they already are.
+inline Tensor dense(const Tensor& tensor, ScalarType type) {
+  Tensor converted = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
+inline Tensor in_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+// An uninitialised dense CPU tensor. The C shim allocates without a trip through the dispatcher,
+// which would cost more than a small sort.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= shape[d] > 0 ? shape[d] : 1;
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+}  // namespace fmkernels

@@ -1,0 +1,239 @@
+// Relaxed sorting networks: the arithmetic of fmkernels/ops/soft_sort/reference.py, where the
+// formulas are derived, as templates over a value type V (one query per lane).
+//
+// Rows of the permutation matrix X are independent chains once the weights of the comparators are
+// known, so a kernel takes them R at a time (R = 1 or 2: two share the loads of the weights), all
+// layers first to last and back; the matrix never exists.
+#pragma once
+
+#include "fmkernels/math.h"
+#include "fmkernels/sorting_plan.h"
+
+FMKERNELS_NAMESPACE_BEGIN
+
+template <class V>
+struct Weights {
+  V keep, swap;
+};
+
+// What the backward pass needs of a comparator besides its weights.
+template <class V>
+struct Slope {
+  V slope;    // ∂keep/∂Δ
+  V elastic;  // Δ·∂keep/∂Δ, bounded
+};
+
+template <class V>
+struct Settings {
+  V steepness, art_lambda;
+};
+
+// Weights and slopes of a comparator whose wires differ by delta = x_hi − x_lo. Both weights come
+// from the smaller one, the tail, so neither is a difference of nearly equal numbers.
+template <Distribution distribution, class V>
+FMKERNELS_INLINE Weights<V> soft_swap(V delta, Settings<V> settings, Slope<V>* slope) {
+  using S = typename Lanes<V>::Scalar;
+  const V one(1);
+  const V v = settings.steepness * delta;
+  V a = absolute(v);
+  V tail, density;  // density: dkeep/dv
+  if constexpr (distribution == Distribution::cauchy) {
+    tail = cauchy_tail(a);
+    density = V(S(0.318309886183790672)) / (one + a * a);
+  } else if constexpr (distribution == Distribution::reciprocal) {
+    tail = one / (V(2) + a);
+    density = tail * tail;
+  } else if constexpr (distribution == Distribution::optimal) {
+    const auto far = a > V(0.25f);
+    const V far_tail = V(0.0625f) / a;
+    tail = select(far, far_tail, V(0.5f) - a);
+    density = select(far, far_tail / a, one);
+  } else if constexpr (distribution == Distribution::gaussian) {
+    tail = V(0.5f) * erfc(a * V(S(0.707106781186547524)));
+    density = exp(V(-0.5f) * a * a) * V(S(0.398942280401432678));
+  } else {
+    V scale = one;
+    if constexpr (distribution == Distribution::logistic_phi) {
+      const V distance = absolute(delta) + V(S(1e-10));
+      const V sharpness = exp(-settings.art_lambda * log(distance));
+      scale = sharpness * (one - settings.art_lambda * (absolute(delta) / distance));
+      a = a * sharpness;
+    }
+    const V e = exp(-a);
+    const V keep = one / (one + e);
+    tail = e * keep;
+    density = tail * keep * scale;
+  }
+  if (slope != nullptr) {
+    *slope = {settings.steepness * density, v * density};
+  }
+  const auto reversed = v < V(0);
+  return {select(reversed, tail, one - tail), select(reversed, one - tail, tail)};
+}
+
+// The comparator applied to two values; also to their gradients, since it is its own transpose.
+template <class V>
+FMKERNELS_INLINE void mix(V& a, V& b, Weights<V> w) {
+  const V old_a = a;
+  a = w.keep * a + w.swap * b;
+  b = w.swap * old_a + w.keep * b;
+}
+
+// The value chain: sorts x in place and records every comparator's weights and (if asked) slopes.
+template <Distribution distribution, class V>
+FMKERNELS_INLINE void sort_values(
+    const SortingPlan& plan, Settings<V> settings, V* x, Weights<V>* weights, Slope<V>* slopes) {
+  for (int32_t index = 0; index < plan.comparator_count; ++index) {
+    const Comparator c = plan.comparators[index];
+    const Weights<V> w = soft_swap<distribution>(
+        x[c.hi] - x[c.lo], settings, slopes == nullptr ? nullptr : slopes + c.slot);
+    weights[c.slot] = w;
+    mix(x[c.lo], x[c.hi], w);
+  }
+}
+
+// Back through the value chain: grad holds the gradient of the sorted values and becomes that of
+// the scores; grad_keep is what the rows of X add to the gradient of every keep.
+template <class V>
+FMKERNELS_INLINE void sort_values_backward(
+    const SortingPlan& plan, const Weights<V>* weights, const Slope<V>* slopes, const V* grad_keep,
+    V* grad) {
+  for (int32_t index = plan.comparator_count - 1; index >= 0; --index) {
+    const Comparator c = plan.comparators[index];
+    V lo = grad[c.lo], hi = grad[c.hi];
+    const V d_delta =
+        grad_keep[c.slot] * slopes[c.slot].slope - (lo - hi) * slopes[c.slot].elastic;
+    mix(lo, hi, weights[c.slot]);
+    grad[c.lo] = lo - d_delta;
+    grad[c.hi] = hi + d_delta;
+  }
+}
+
+// R rows of X, first to first + R − 1, through all layers. state is (n, R); the start value is 1
+// (or the scale that all later entries should carry). tape, if kept, is (comparators, R): the
+// differences that the backward pass multiplies with.
+template <int R, bool keep_tape, class V>
+FMKERNELS_INLINE void sort_rows(
+    const SortingPlan& plan, int32_t first, V start, const Weights<V>* weights, V* state,
+    V* tape) {
+  for (int32_t index = 0; index < plan.size * R; ++index) {
+    state[index] = V(0);
+  }
+  for (int r = 0; r < R; ++r) {
+    state[(first + r) * R + r] = start;
+  }
+  const Range* active = plan.active + static_cast<int64_t>(first / 2) * plan.segment_count;
+  for (int32_t s = 0; s < plan.segment_count; ++s) {
+    if (plan.segments[s].is_quads) {
+      for (int32_t q = active[s].first; q < active[s].last; ++q) {
+        const Quad quad = plan.quads[q];
+        const Weights<V>* w = weights + quad.first_slot;
+        V* t = tape + static_cast<int64_t>(quad.first_slot) * R;
+        for (int r = 0; r < R; ++r) {
+          V* p0 = state + quad.wire[0] * R + r;
+          V* p1 = state + quad.wire[1] * R + r;
+          V* p2 = state + quad.wire[2] * R + r;
+          V* p3 = state + quad.wire[3] * R + r;
+          V x0 = *p0, x1 = *p1, x2 = *p2, x3 = *p3;
+          if constexpr (keep_tape) {
+            t[r] = x0 - x1;
+            t[R + r] = x2 - x3;
+          }
+          mix(x0, x1, w[0]);
+          mix(x2, x3, w[1]);
+          if constexpr (keep_tape) {
+            t[2 * R + r] = x0 - x2;
+            t[3 * R + r] = x1 - x3;
+          }
+          mix(x0, x2, w[2]);
+          mix(x1, x3, w[3]);
+          *p0 = x0;
+          *p1 = x1;
+          *p2 = x2;
+          *p3 = x3;
+        }
+      }
+    } else {
+      for (int32_t p = active[s].first; p < active[s].last; ++p) {
+        const Pair pair = plan.pairs[p];
+        for (int r = 0; r < R; ++r) {
+          V& a = state[pair.wire[0] * R + r];
+          V& b = state[pair.wire[1] * R + r];
+          if constexpr (keep_tape) {
+            tape[static_cast<int64_t>(pair.slot) * R + r] = a - b;
+          }
+          mix(a, b, weights[pair.slot]);
+        }
+      }
+    }
+  }
+}
+
+// Back through the layers with the gradient of R rows of X (n, R), which is used up: adds Σ e·d to
+// grad_keep.
+template <int R, class V>
+FMKERNELS_INLINE void sort_rows_backward(
+    const SortingPlan& plan, int32_t first, const Weights<V>* weights, const V* tape, V* grad,
+    V* grad_keep) {
+  const Range* active = plan.active + static_cast<int64_t>(first / 2) * plan.segment_count;
+  for (int32_t s = plan.segment_count - 1; s >= 0; --s) {
+    if (plan.segments[s].is_quads) {
+      for (int32_t q = active[s].first; q < active[s].last; ++q) {
+        const Quad quad = plan.quads[q];
+        const Weights<V>* w = weights + quad.first_slot;
+        const V* t = tape + static_cast<int64_t>(quad.first_slot) * R;
+        V* dk = grad_keep + quad.first_slot;
+        V dk0 = dk[0], dk1 = dk[1], dk2 = dk[2], dk3 = dk[3];
+        for (int r = 0; r < R; ++r) {
+          V* p0 = grad + quad.wire[0] * R + r;
+          V* p1 = grad + quad.wire[1] * R + r;
+          V* p2 = grad + quad.wire[2] * R + r;
+          V* p3 = grad + quad.wire[3] * R + r;
+          V g0 = *p0, g1 = *p1, g2 = *p2, g3 = *p3;
+          dk2 += (g0 - g2) * t[2 * R + r];
+          dk3 += (g1 - g3) * t[3 * R + r];
+          mix(g0, g2, w[2]);
+          mix(g1, g3, w[3]);
+          dk0 += (g0 - g1) * t[r];
+          dk1 += (g2 - g3) * t[R + r];
+          mix(g0, g1, w[0]);
+          mix(g2, g3, w[1]);
+          *p0 = g0;
+          *p1 = g1;
+          *p2 = g2;
+          *p3 = g3;
+        }
+        dk[0] = dk0;
+        dk[1] = dk1;
+        dk[2] = dk2;
+        dk[3] = dk3;
+      }
+    } else {
+      for (int32_t p = active[s].first; p < active[s].last; ++p) {
+        const Pair pair = plan.pairs[p];
+        V dk = grad_keep[pair.slot];
+        for (int r = 0; r < R; ++r) {
+          V& a = grad[pair.wire[0] * R + r];
+          V& b = grad[pair.wire[1] * R + r];
+          dk += (a - b) * tape[static_cast<int64_t>(pair.slot) * R + r];
+          mix(a, b, weights[pair.slot]);
+        }
+        grad_keep[pair.slot] = dk;
+      }
+    }
+  }
+}
+
+// One entry of the cross entropy −q·log max(p, 2⁻¹⁰⁰), and its derivative in p. The teacher's
+// rows start at 1/n, so q already carries the mean over the inputs.
+template <class V>
+FMKERNELS_INLINE V cross_entropy(V p, V q, V* grad) {
+  const V floor(7.88860905221011805e-31f);
+  const auto above = p > floor;
+  if (grad != nullptr) {
+    *grad = select(above, -q / p, V(0));
+  }
+  return -q * log(select(p < floor, floor, p));
+}
+
+FMKERNELS_NAMESPACE_END
