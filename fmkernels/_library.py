@@ -9,6 +9,8 @@ device; forcing the reference, and inputs past a kernel's limits, take the secon
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -28,13 +30,16 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     """The compiled extension, or None and the reason in words."""
     if os.environ.get("FMKERNELS_NO_EXTENSION", "0") not in ("", "0"):
         return None, "switched off by FMKERNELS_NO_EXTENSION"
+    if importlib.util.find_spec("fmkernels._C") is None:
+        try:
+            from fmkernels._build_info import reason
+        except ImportError:
+            reason = None
+        return None, reason or "the extension was not built"
     try:
-        from fmkernels import _C  # type: ignore[attr-defined]
+        return importlib.import_module("fmkernels._C"), None
     except ImportError as error:
-        if "_C" in str(error) and "cannot import name" in str(error):
-            return None, "the extension was not built (no C++ compiler at installation?)"
         return None, f"the extension does not load: {error}"
-    return _C, None
 
 
 native, native_error = _load_native()

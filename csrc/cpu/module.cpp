@@ -5,6 +5,11 @@
 #include <exception>
 
 #include "cpu_isa.h"
+#include "poison.h"
+
+namespace fmkernels {
+std::atomic<bool> poison_allocations{false};
+}
 
 namespace {
 
@@ -25,9 +30,17 @@ PyObject* cpu_isas(PyObject*, PyObject*) {
   return names;
 }
 
+PyObject* poison_allocations(PyObject*, PyObject* on) {
+  const int truth = PyObject_IsTrue(on);
+  if (truth < 0) return nullptr;
+  return PyBool_FromLong(fmkernels::poison_allocations.exchange(truth != 0));
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set that the CPU kernels use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "Instruction sets that this build can run here."},
+    {"poison_allocations", poison_allocations, METH_O,
+     "Fill fresh memory with NaN, or stop doing so; returns what it did before."},
     {nullptr, nullptr, 0, nullptr},
 };
 

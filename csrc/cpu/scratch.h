@@ -6,6 +6,8 @@
 #include <memory>
 #include <new>
 
+#include "poison.h"
+
 namespace fmkernels {
 
 class ThreadScratch {
@@ -20,6 +22,7 @@ class ThreadScratch {
       own_ = allocate(bytes);
       memory_ = own_.get();
     }
+    poison(memory_, bytes);
   }
 
   template <class T>

@@ -55,8 +55,14 @@ Tensor soft_sort_backward(
     const Tensor& scores, double steepness, std::string network, std::string distribution,
     double art_lambda) {
   const Tensor x = dense(scores, compute_type(scores));
-  if (grad_values) grad_values = dense(*grad_values, x.scalar_type());
-  if (grad_permutation) grad_permutation = dense(*grad_permutation, x.scalar_type());
+  if (grad_values) {
+    check_count("grad_values", *grad_values, x.numel());
+    grad_values = dense(*grad_values, x.scalar_type());
+  }
+  if (grad_permutation) {
+    check_count("grad_permutation", *grad_permutation, x.numel() * x.size(-1));
+    grad_permutation = dense(*grad_permutation, x.scalar_type());
+  }
   const Tensor grad_scores =
       is_double(x) ? backward<double>(
                          grad_values, grad_permutation, x, steepness, network, distribution,

@@ -10,8 +10,6 @@
 
 namespace fmkernels {
 
-constexpr int64_t max_kernel_size = 1024;  // longer rows are sorted by the reference op
-
 // The plan of a network, built once per process. Throws for an unknown name.
 const SortingPlan& sorting_plan(const std::string& network, int64_t n);
 
@@ -32,11 +30,20 @@ template <class T>
 SoftSortArgs<T> soft_sort_args(
     const Tensor& scores, double steepness, const std::string& network,
     const std::string& distribution, double art_lambda) {
+  STD_TORCH_CHECK(
+      scores.dim() > 0 && scores.size(-1) > 0, "soft_sort: scores: expected shape (..., n >= 1)");
   const int64_t n = scores.size(-1);
   return {
       sorting_plan(network, n),    parse_distribution(distribution),
       static_cast<T>(steepness),   static_cast<T>(art_lambda),
       scores.numel() / n,          data_of<const T>(scores)};
+}
+
+// The public functions check this in words; here it guards the memory of whoever calls the op itself.
+inline void check_count(const char* argument, const Tensor& tensor, int64_t expected) {
+  STD_TORCH_CHECK(
+      tensor.numel() == expected, "soft_sort: ", argument, ": expected ", expected,
+      " elements, got ", tensor.numel());
 }
 
 // Runs kernel(args, first group, last group, scratch) over all groups of `lanes` queries.

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> cross_entropy(
   T* loss = data_of<T>(losses);
   double sum = 0;  // in a fixed order, whatever the number of threads
   for (int64_t q = 0; q < sort.queries; ++q) {
-    loss[q] = weights[q] == 0 ? 0 : weights[q] * loss[q];
+    loss[q] = weights[q] == 0 ? 0 : weights[q] * loss[q];  // a weight of zero removes even a NaN
     sum += loss[q];
   }
   if (reduction != "none") {
@@ -65,7 +65,11 @@ std::tuple<Tensor, Tensor> soft_sort_cross_entropy(
     std::string reduction, bool compute_grad) {
   const ScalarType type = compute_type(student);
   const Tensor x = dense(student, type), y = dense(teacher, type);
-  if (mask) mask = dense(*mask, type);
+  check_count("teacher", y, x.numel());
+  if (mask) {
+    check_count("mask", *mask, x.numel() / (x.size(-1) > 0 ? x.size(-1) : 1));
+    mask = dense(*mask, type);
+  }
   auto [loss, grad_student] =
       is_double(x)
           ? cross_entropy<double>(

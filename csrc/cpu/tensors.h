@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "poison.h"
+
 namespace fmkernels {
 
 using torch::headeronly::ScalarType;
@@ -50,7 +52,9 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
       type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  poison(tensor.data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  return tensor;
 }
 
 template <class T>

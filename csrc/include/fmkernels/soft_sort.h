@@ -109,6 +109,35 @@ FMKERNELS_INLINE void sort_values_backward(
   }
 }
 
+// Two layers of a quad, R rows at once. The weights stay in registers for all R, and so do the 4R
+// states: that is what R = 2 is for.
+template <int R, class V>
+FMKERNELS_INLINE void load_quad(const Quad& quad, const V* state, V (&x)[4][R]) {
+  for (int k = 0; k < 4; ++k) {
+    for (int r = 0; r < R; ++r) x[k][r] = state[quad.wire[k] * R + r];
+  }
+}
+template <int R, class V>
+FMKERNELS_INLINE void store_quad(const Quad& quad, const V (&x)[4][R], V* state) {
+  for (int k = 0; k < 4; ++k) {
+    for (int r = 0; r < R; ++r) state[quad.wire[k] * R + r] = x[k][r];
+  }
+}
+template <int R, class V>
+FMKERNELS_INLINE void mix(V (&a)[R], V (&b)[R], Weights<V> w) {
+  for (int r = 0; r < R; ++r) mix(a[r], b[r], w);
+}
+template <int R, class V>
+FMKERNELS_INLINE void subtract(const V (&a)[R], const V (&b)[R], V* difference) {
+  for (int r = 0; r < R; ++r) difference[r] = a[r] - b[r];
+}
+// Σ_r (a − b)·difference
+template <int R, class V>
+FMKERNELS_INLINE V dot_difference(V sum, const V (&a)[R], const V (&b)[R], const V* difference) {
+  for (int r = 0; r < R; ++r) sum = sum + (a[r] - b[r]) * difference[r];
+  return sum;
+}
+
 // R rows of X, first to first + R − 1, through all layers. state is (n, R); the start value is 1
 // (or the scale that all later entries should carry). tape, if kept, is (comparators, R): the
 // differences that the backward pass multiplies with.
@@ -116,12 +145,9 @@ template <int R, bool keep_tape, class V>
 FMKERNELS_INLINE void sort_rows(
     const SortingPlan& plan, int32_t first, V start, const Weights<V>* weights, V* state,
     V* tape) {
-  for (int32_t index = 0; index < plan.size * R; ++index) {
-    state[index] = V(0);
-  }
-  for (int r = 0; r < R; ++r) {
-    state[(first + r) * R + r] = start;
-  }
+  for (int32_t index = 0; index < plan.size * R; ++index) state[index] = V(0);
+  for (int r = 0; r < R; ++r) state[(first + r) * R + r] = start;
+
   const Range* active = plan.active + static_cast<int64_t>(first / 2) * plan.segment_count;
   for (int32_t s = 0; s < plan.segment_count; ++s) {
     if (plan.segments[s].is_quads) {
@@ -129,40 +155,31 @@ FMKERNELS_INLINE void sort_rows(
         const Quad quad = plan.quads[q];
         const Weights<V>* w = weights + quad.first_slot;
         V* t = tape + static_cast<int64_t>(quad.first_slot) * R;
-        for (int r = 0; r < R; ++r) {
-          V* p0 = state + quad.wire[0] * R + r;
-          V* p1 = state + quad.wire[1] * R + r;
-          V* p2 = state + quad.wire[2] * R + r;
-          V* p3 = state + quad.wire[3] * R + r;
-          V x0 = *p0, x1 = *p1, x2 = *p2, x3 = *p3;
-          if constexpr (keep_tape) {
-            t[r] = x0 - x1;
-            t[R + r] = x2 - x3;
-          }
-          mix(x0, x1, w[0]);
-          mix(x2, x3, w[1]);
-          if constexpr (keep_tape) {
-            t[2 * R + r] = x0 - x2;
-            t[3 * R + r] = x1 - x3;
-          }
-          mix(x0, x2, w[2]);
-          mix(x1, x3, w[3]);
-          *p0 = x0;
-          *p1 = x1;
-          *p2 = x2;
-          *p3 = x3;
+        V x[4][R];
+        load_quad(quad, state, x);
+        if constexpr (keep_tape) {
+          subtract(x[0], x[1], t);
+          subtract(x[2], x[3], t + R);
         }
+        mix(x[0], x[1], w[0]);
+        mix(x[2], x[3], w[1]);
+        if constexpr (keep_tape) {
+          subtract(x[0], x[2], t + 2 * R);
+          subtract(x[1], x[3], t + 3 * R);
+        }
+        mix(x[0], x[2], w[2]);
+        mix(x[1], x[3], w[3]);
+        store_quad(quad, x, state);
       }
     } else {
       for (int32_t p = active[s].first; p < active[s].last; ++p) {
         const Pair pair = plan.pairs[p];
+        const Weights<V> w = weights[pair.slot];
         for (int r = 0; r < R; ++r) {
           V& a = state[pair.wire[0] * R + r];
           V& b = state[pair.wire[1] * R + r];
-          if constexpr (keep_tape) {
-            tape[static_cast<int64_t>(pair.slot) * R + r] = a - b;
-          }
-          mix(a, b, weights[pair.slot]);
+          if constexpr (keep_tape) tape[static_cast<int64_t>(pair.slot) * R + r] = a - b;
+          mix(a, b, w);
         }
       }
     }
@@ -183,40 +200,28 @@ FMKERNELS_INLINE void sort_rows_backward(
         const Weights<V>* w = weights + quad.first_slot;
         const V* t = tape + static_cast<int64_t>(quad.first_slot) * R;
         V* dk = grad_keep + quad.first_slot;
-        V dk0 = dk[0], dk1 = dk[1], dk2 = dk[2], dk3 = dk[3];
-        for (int r = 0; r < R; ++r) {
-          V* p0 = grad + quad.wire[0] * R + r;
-          V* p1 = grad + quad.wire[1] * R + r;
-          V* p2 = grad + quad.wire[2] * R + r;
-          V* p3 = grad + quad.wire[3] * R + r;
-          V g0 = *p0, g1 = *p1, g2 = *p2, g3 = *p3;
-          dk2 += (g0 - g2) * t[2 * R + r];
-          dk3 += (g1 - g3) * t[3 * R + r];
-          mix(g0, g2, w[2]);
-          mix(g1, g3, w[3]);
-          dk0 += (g0 - g1) * t[r];
-          dk1 += (g2 - g3) * t[R + r];
-          mix(g0, g1, w[0]);
-          mix(g2, g3, w[1]);
-          *p0 = g0;
-          *p1 = g1;
-          *p2 = g2;
-          *p3 = g3;
-        }
-        dk[0] = dk0;
-        dk[1] = dk1;
-        dk[2] = dk2;
-        dk[3] = dk3;
+        V g[4][R];
+        load_quad(quad, grad, g);
+        dk[2] = dot_difference(dk[2], g[0], g[2], t + 2 * R);
+        dk[3] = dot_difference(dk[3], g[1], g[3], t + 3 * R);
+        mix(g[0], g[2], w[2]);
+        mix(g[1], g[3], w[3]);
+        dk[0] = dot_difference(dk[0], g[0], g[1], t);
+        dk[1] = dot_difference(dk[1], g[2], g[3], t + R);
+        mix(g[0], g[1], w[0]);
+        mix(g[2], g[3], w[1]);
+        store_quad(quad, g, grad);
       }
     } else {
       for (int32_t p = active[s].first; p < active[s].last; ++p) {
         const Pair pair = plan.pairs[p];
+        const Weights<V> w = weights[pair.slot];
         V dk = grad_keep[pair.slot];
         for (int r = 0; r < R; ++r) {
           V& a = grad[pair.wire[0] * R + r];
           V& b = grad[pair.wire[1] * R + r];
-          dk += (a - b) * tape[static_cast<int64_t>(pair.slot) * R + r];
-          mix(a, b, weights[pair.slot]);
+          dk = dk + (a - b) * tape[static_cast<int64_t>(pair.slot) * R + r];
+          mix(a, b, w);
         }
         grad_keep[pair.slot] = dk;
       }

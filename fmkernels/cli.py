@@ -1,0 +1,86 @@
+"""The command line: ``python -m fmkernels {info, demo, bench}``.
+
+Exit codes: 0 for success, 1 for a failure that was said in words, 2 for a wrong call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fmkernels
+
+BENCHMARKS = Path(fmkernels.__file__).resolve().parent.parent / "benchmarks"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fmkernels", description=fmkernels.__doc__)
+    parser.add_argument("--version", action="version", version=fmkernels.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info|demo|bench")
+
+    info = commands.add_parser(
+        "info", help="environment, instruction set, and which backend runs which op (or why not)"
+    )
+    info.add_argument("--json", action="store_true", help="the same as JSON, for bug reports")
+
+    demo = commands.add_parser(
+        "demo", help="NeCo's loss on photographs, and parity, speed and memory beside diffsort"
+    )
+    demo.add_argument("--picture", type=Path, default=Path("neco_demo.png"), help="where it goes")
+    demo.add_argument("--steps", type=int, default=150, help="gradient steps (default: 150)")
+    demo.add_argument("--no-picture", action="store_true", help="numbers only")
+
+    bench = commands.add_parser(
+        "bench", help="the benchmarks of a source checkout, each beside the package it replaces"
+    )
+    bench.add_argument("filter", nargs="?", default="", help="only benchmarks whose name has this")
+    bench.add_argument("--list", action="store_true", help="only name the benchmarks")
+    bench.add_argument("--save", action="store_true", help="write benchmarks/results/*.json")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    if options.command == "info":
+        from fmkernels import info
+
+        print(info.as_json() if options.json else info.as_text())
+        return 0
+    if options.command == "demo":
+        return _demo(options)
+    return _bench(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    try:
+        from fmkernels.demo import run
+    except ModuleNotFoundError as error:
+        print(f"demo: {error.name} is missing: pip install 'fmkernels[demo,peers]'", file=sys.stderr)
+        return 1
+    if options.steps < 1:
+        print(f"demo: --steps: expected at least 1, got {options.steps}", file=sys.stderr)
+        return 2
+    return run(picture=None if options.no_picture else options.picture, steps=options.steps)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if not (BENCHMARKS / "conftest.py").exists():
+        print(
+            "bench: the benchmarks are part of the source checkout, not of the installed package: "
+            "clone the repository and run `make bench` there",
+            file=sys.stderr,
+        )
+        return 1
+    command = [sys.executable, "-m", "pytest", str(BENCHMARKS), "-q", "-o", "addopts="]
+    command += ["--rootdir", str(BENCHMARKS), "-c", str(BENCHMARKS / "pytest.ini")]
+    if options.filter:
+        command += ["-k", options.filter]
+    if options.list:
+        command += ["--collect-only"]
+    if options.save:
+        command += ["--save-results"]
+    return 1 if subprocess.run(command, check=False).returncode else 0

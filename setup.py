@@ -1,0 +1,138 @@
+"""The whole build: csrc/cpu/*.cpp into fmkernels/_C.abi3.so, or a pure Python package.
+
+``*_kernel.cpp`` is compiled once per instruction set; the best one that the CPU can run is chosen
+when the extension is loaded. LibTorch's stable ABI and CPython's limited API make one wheel serve
+every torch >= 2.10 and Python >= 3.10. Without a C++ compiler or without torch the build goes on
+without the extension, says so, and leaves the reason where ``python -m fmkernels info`` finds it.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# no -ffast-math: NaN, Inf and signed zeros keep their meaning
+KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+INSTRUCTION_SETS = {"baseline": []}
+if X86:
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mfma", *AVX512]}
+else:
+    DEFINES.append("-DFMKERNELS_ONLY_BASELINE")
+
+
+def why_pure_python():
+    """The reason why the extension cannot be built here, or None."""
+    if shutil.which(compiler()) is None:
+        return f"no C++ compiler ({compiler()!r} not found) when it was installed"
+    trial = subprocess.run([compiler(), "--version"], capture_output=True)
+    if trial.returncode != 0:
+        return f"the C++ compiler {compiler()!r} did not run when it was installed"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "torch could not be imported at build time (install it first, then --no-build-isolation)"
+    return None
+
+
+def compiler():
+    return os.environ.get("CXX", "g++")
+
+
+def compile_jobs(objects):
+    """(source, object, flags) for every object file."""
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if source.stem.endswith("_kernel"):
+            for isa, flags in INSTRUCTION_SETS.items():
+                target = objects / f"{source.stem}.{isa}.o"
+                yield source, target, [*KERNEL, f"-DFMKERNELS_ISA={isa}", *flags]
+        else:
+            yield source, objects / f"{source.stem}.o", ["-O2"]
+
+
+def is_current(target, command):
+    """Whether the object is newer than everything it was made from, by the same command."""
+    record, depends = target.with_suffix(".cmd"), target.with_suffix(".d")
+    if not (target.exists() and depends.exists() and record.exists()):
+        return False
+    if record.read_text() != " ".join(command):
+        return False
+    words = depends.read_text().replace("\\\n", " ").split()[1:]
+    made = target.stat().st_mtime
+    return all(os.path.exists(word) and os.path.getmtime(word) <= made for word in words)
+
+
+class BuildExtension(build_ext):
+    """Compiles the objects in parallel, only those that are out of date, and links them."""
+
+    def run(self):
+        record = ROOT / "fmkernels" / "_build_info.py"
+        reason = why_pure_python()
+        record.write_text(f'"""Written by the build."""\n\nreason = {reason!r}\n')
+        if reason is not None:
+            print(f"fmkernels: installing without compiled kernels: {reason}", file=sys.stderr)
+            self.extensions = []
+        super().run()
+
+    def build_extension(self, ext):
+        from torch.utils import cpp_extension
+
+        objects = Path(self.build_temp).resolve() / "fmkernels"
+        objects.mkdir(parents=True, exist_ok=True)
+        includes = [ROOT / "csrc" / "include", ROOT / "csrc" / "cpu"]
+        system = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+        include_flags = [f"-I{path}" for path in includes] + [f"-isystem{path}" for path in system]
+
+        def compile_one(job):
+            source, target, flags = job
+            command = [compiler(), *COMMON, *DEFINES, *flags, *include_flags]
+            command += ["-MMD", "-MF", str(target.with_suffix(".d"))]
+            command += ["-c", str(source), "-o", str(target)]
+            if not is_current(target, command):
+                print("fmkernels: compiling", target.name, flush=True)
+                subprocess.run(command, check=True)
+                target.with_suffix(".cmd").write_text(" ".join(command))
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            linked = list(pool.map(compile_one, compile_jobs(objects)))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        libraries += ["-ltorch", "-ltorch_cpu"]
+        link = [compiler(), "-shared", *linked, *libraries, "-Wl,--as-needed", "-Wl,-s"]
+        if sys.platform == "darwin":
+            link = [compiler(), "-shared", *linked, *libraries, "-undefined", "dynamic_lookup"]
+        subprocess.run([*link, "-o", str(output)], check=True)
+
+
+class Wheel(bdist_wheel):
+    """cp310-abi3 with the extension, py3-none-any without."""
+
+    def finalize_options(self):
+        if why_pure_python() is None:
+            self.py_limited_api = "cp310"
+        else:
+            self.distribution.has_ext_modules = lambda: False
+            self.distribution.ext_modules = []
+            BuildExtension(self.distribution).run()
+        super().finalize_options()
+
+
+setup(
+    ext_modules=[Extension("fmkernels._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+)

@@ -1,0 +1,31 @@
+"""Suite-wide: poisoned memory, two threads, reproducible Hypothesis."""
+
+import hypothesis
+import pytest
+import torch
+
+from fmkernels import testing
+
+hypothesis.settings.register_profile(
+    "fmkernels", deadline=None, derandomize=True, max_examples=25, database=None
+)
+hypothesis.settings.load_profile("fmkernels")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Every test runs with NaN in uninitialised memory."""
+    with testing.poisoned_allocation():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
