@@ -1,0 +1,170 @@
+// The header-only numerics of csrc/include for NumPy, without torch in between.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fmkernels/networks.h"
+#include "lanes.h"
+
+namespace py = pybind11;
+using namespace fmkernels;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+const Numerics<T>& numerics(int register_bytes) {
+  if constexpr (sizeof(T) == 4) {
+    if (register_bytes == 0) return scalar::float32;
+    if (register_bytes == 16) return bytes16::float32;
+    if (register_bytes == 32) return bytes32::float32;
+    if (register_bytes == 64) return bytes64::float32;
+  } else {
+    if (register_bytes == 0) return scalar::float64;
+    if (register_bytes == 16) return bytes16::float64;
+    if (register_bytes == 32) return bytes32::float64;
+    if (register_bytes == 64) return bytes64::float64;
+  }
+  throw std::invalid_argument("register_bytes: expected 0, 16, 32 or 64");
+}
+
+Distribution parse(const std::string& name) {
+  const char* names[] = {"logistic", "logistic_phi", "gaussian", "reciprocal", "cauchy", "optimal"};
+  for (int32_t index = 0; index < 6; ++index) {
+    if (name == names[index]) return static_cast<Distribution>(index);
+  }
+  throw std::invalid_argument("unknown distribution " + name);
+}
+
+// NaN everywhere: what a kernel reads before it writes, or never writes, shows in the result.
+template <class T>
+Array<T> poisoned(const std::vector<py::ssize_t>& shape) {
+  Array<T> array(shape);
+  std::fill_n(array.mutable_data(), array.size(), std::numeric_limits<T>::quiet_NaN());
+  return array;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// Runs kernel(args, …) over all groups with poisoned scratch of exactly the size that it asks for.
+template <class T, class Args>
+void run(
+    void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& args, const SortingPlan& plan,
+    int64_t queries, int lanes) {
+  const size_t count = (6 * size_t(plan.size) + 9 * size_t(plan.comparator_count)) * lanes;
+  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+  std::unique_ptr<T, Free> scratch(static_cast<T*>(std::aligned_alloc(64, bytes)));
+  std::fill_n(scratch.get(), count, std::numeric_limits<T>::quiet_NaN());
+  kernel(args, 0, (queries + lanes - 1) / lanes, scratch.get());
+}
+
+template <class T>
+struct Problem {
+  SortingNetwork network;
+  SortingPlan plan;
+  SoftSortArgs<T> args;
+
+  Problem(
+      const Array<T>& scores, double steepness, const std::string& name,
+      const std::string& distribution, double art_lambda)
+      : network(name, static_cast<int32_t>(scores.shape(1))),
+        plan(network.plan()),
+        args{plan, parse(distribution), T(steepness), T(art_lambda), scores.shape(0),
+             scores.data()} {}
+};
+
+template <class T>
+py::tuple soft_sort(
+    const Array<T>& scores, int register_bytes, double steepness, const std::string& network,
+    const std::string& distribution, double art_lambda) {
+  const Problem<T> problem(scores, steepness, network, distribution, art_lambda);
+  const auto queries = scores.shape(0), n = scores.shape(1);
+  Array<T> values = poisoned<T>({queries, n}), permutation = poisoned<T>({queries, n, n});
+  const auto& kernels = numerics<T>(register_bytes).soft_sort;
+  const SoftSortForward<T> args{problem.args, values.mutable_data(), permutation.mutable_data()};
+  run(kernels.forward, args, problem.plan, queries, kernels.lanes);
+  return py::make_tuple(values, permutation);
+}
+
+template <class T>
+Array<T> soft_sort_backward(
+    const Array<T>& grad_values, const Array<T>& grad_permutation, const Array<T>& scores,
+    int register_bytes, double steepness, const std::string& network,
+    const std::string& distribution, double art_lambda) {
+  const Problem<T> problem(scores, steepness, network, distribution, art_lambda);
+  const auto queries = scores.shape(0), n = scores.shape(1);
+  Array<T> grad = poisoned<T>({queries, n});
+  const auto& kernels = numerics<T>(register_bytes).soft_sort;
+  const SoftSortBackward<T> args{
+      problem.args, grad_values.data(), grad_permutation.data(), grad.mutable_data()};
+  run(kernels.backward, args, problem.plan, queries, kernels.lanes);
+  return grad;
+}
+
+template <class T>
+py::tuple cross_entropy(
+    const Array<T>& student, const Array<T>& teacher, const Array<T>& weights, int register_bytes,
+    double steepness, const std::string& network, const std::string& distribution,
+    double art_lambda) {
+  const Problem<T> problem(student, steepness, network, distribution, art_lambda);
+  const auto queries = student.shape(0), n = student.shape(1);
+  Array<T> losses = poisoned<T>({queries}), grad = poisoned<T>({queries, n});
+  const auto& kernels = numerics<T>(register_bytes).soft_sort;
+  const CrossEntropyForward<T> args{
+      problem.args,   teacher.data(),        T(steepness),
+      weights.data(), losses.mutable_data(), grad.mutable_data()};
+  run(kernels.cross_entropy, args, problem.plan, queries, kernels.lanes);
+  return py::make_tuple(losses, grad);
+}
+
+template <class T>
+Array<T> elementwise(const std::string& name, const Array<T>& x, int register_bytes) {
+  const Numerics<T>& functions = numerics<T>(register_bytes);
+  if (x.size() % functions.soft_sort.lanes != 0) throw std::invalid_argument("x: ragged length");
+  const ElementwiseFunction<T> function = name == "log"           ? functions.log
+                                          : name == "exp"         ? functions.exp
+                                          : name == "cauchy_tail" ? functions.cauchy_tail
+                                          : name == "erfc"        ? functions.erfc
+                                                                  : nullptr;
+  if (function == nullptr) throw std::invalid_argument("unknown function " + name);
+  Array<T> y = poisoned<T>({x.size()});
+  function(x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+template <class T>
+void define(py::module_& module) {
+  module.def("soft_sort", soft_sort<T>);
+  module.def("soft_sort_backward", soft_sort_backward<T>);
+  module.def("cross_entropy", cross_entropy<T>);
+  module.def("elementwise", elementwise<T>);
+}
+
+PYBIND11_MODULE(fmkernels_native, module) {
+  define<float>(module);
+  define<double>(module);
+
+  // all comparators as (lo, hi), layer after layer, and the number of them in each layer
+  module.def("layers", [](const std::string& network, int32_t n) {
+    std::vector<int32_t> lo, hi, sizes;
+    for (const Layer& layer : network_layers(network, n)) {
+      sizes.push_back(static_cast<int32_t>(layer.size()));
+      for (const Wires& wires : layer) {
+        lo.push_back(wires.first);
+        hi.push_back(wires.second);
+      }
+    }
+    const auto array = [](const std::vector<int32_t>& v) { return Array<int32_t>(v.size(), v.data()); };
+    return py::make_tuple(array(lo), array(hi), sizes);
+  });
+}

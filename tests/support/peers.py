@@ -1,0 +1,28 @@
+"""The same functions composed from the installed diffsort package, in PyTorch's eager mode."""
+
+import torch
+from diffsort import DiffSortNet
+from torch.nn import functional as F
+
+
+def soft_sort(scores, *, steepness, network="bitonic", distribution="cauchy"):
+    n = scores.shape[-1]
+    return DiffSortNet(network, n, steepness=steepness, distribution=distribution)(scores)
+
+
+def soft_sort_cross_entropy(student, teacher, **settings):
+    """Per row: −(1/n) Σ_ij Q·log P; diffsort has no clamp."""
+    _, p = soft_sort(student, **settings)
+    with torch.no_grad():
+        _, q = soft_sort(teacher, **settings)
+    return -(q * p.log()).sum(dim=-1).mean(dim=-1)
+
+
+def patch_neighbor_loss(student, teacher, references, **settings):
+    def similarities(patches):
+        a, b = F.normalize(patches, dim=-1), F.normalize(references, dim=-1)
+        return torch.einsum("bnd,brd->bnr", a, b).flatten(0, 1)
+
+    with torch.no_grad():
+        teacher_scores = similarities(teacher)
+    return soft_sort_cross_entropy(similarities(student), teacher_scores, **settings).mean()
