@@ -13,6 +13,14 @@ from torch import Tensor
 
 def floating_tensor(op: str, argument: str, value: Any) -> None:
     """A dense tensor of a real floating dtype with at least one dimension and one column."""
+    if isinstance(value, Tensor) and value.dtype.is_floating_point:
+        shape = value.shape
+        if shape and shape[-1] >= 1:
+            return
+    _refuse_tensor(op, argument, value)
+
+
+def _refuse_tensor(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {argument}: expected a torch.Tensor, got {type(value).__name__}")
     if not value.dtype.is_floating_point:
@@ -22,10 +30,9 @@ def floating_tensor(op: str, argument: str, value: Any) -> None:
         )
     if value.ndim == 0:
         raise ValueError(f"{op}: {argument}: expected at least one dimension (…, n), got a scalar")
-    if value.shape[-1] < 1:
-        raise ValueError(
-            f"{op}: {argument}: expected at least 1 value per row, got shape {shape(value)}"
-        )
+    raise ValueError(
+        f"{op}: {argument}: expected at least 1 value per row, got shape {shape(value)}"
+    )
 
 
 def dimensions(op: str, argument: str, value: Tensor, layout: str) -> None:
@@ -34,19 +41,28 @@ def dimensions(op: str, argument: str, value: Tensor, layout: str) -> None:
         raise ValueError(f"{op}: {argument}: expected shape {layout}, got {shape(value)}")
 
 
+def like(op: str, argument: str, value: Any, other: str, reference: Tensor) -> None:
+    """A floating tensor of the shape and on the device of another."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype.is_floating_point
+        and value.shape == reference.shape
+        and value.device == reference.device
+    ):
+        return
+    floating_tensor(op, argument, value)
+    same_device(op, argument, value, other, reference)
+    raise ValueError(
+        f"{op}: {argument}: expected the shape of {other}, {shape(reference)}, got {shape(value)}"
+    )
+
+
 def same_device(op: str, argument: str, value: Tensor, other: str, reference: Tensor) -> None:
+    """A tensor on the device of another."""
     if value.device != reference.device:
         raise ValueError(
             f"{op}: {argument}: expected the device of {other}, {reference.device}, "
             f"got {value.device}"
-        )
-
-
-def same_shape(op: str, argument: str, value: Tensor, other: str, reference: Tensor) -> None:
-    if value.shape != reference.shape:
-        raise ValueError(
-            f"{op}: {argument}: expected the shape of {other}, {shape(reference)}, "
-            f"got {shape(value)}"
         )
 
 

@@ -3,7 +3,7 @@
 An op is registered twice. ``fmkernels::<op>`` has the Python reference for every device and, on
 top of it, whatever kernels exist: PyTorch's dispatcher chooses by device. The same reference is
 also an op of its own, ``fmkernels::<op>_reference``, because a kernel hides the first from its own
-device; forcing the reference, and inputs past a kernel's limits, take the second.
+device; forcing the reference, and a kernel for inputs past its limits, call the second.
 """
 
 from __future__ import annotations
@@ -108,13 +108,14 @@ class Op:
             fake: shapes and dtypes of the outputs, for ``torch.compile`` and the meta device.
             setup_context: what to keep for backward, as in ``torch.autograd.Function``.
             backward: the gradient. Both or neither; it must not be differentiated again.
-            limits: why the compiled kernels refuse these arguments, or None.
+            limits: why the compiled kernels hand these arguments to the reference, or None.
         """
         self.name = name
         self.limits = limits
         self.overload = self._register(name, signature, reference, fake)
         self.reference_overload = self._register(f"{name}_reference", signature, reference, fake)
-        self._function: type[torch.autograd.Function] | None = None
+        self._apply: Callable[..., Any] | None = None
+        self._functional: type[torch.autograd.Function] | None = None
         if setup_context is not None and backward is not None:
             self._make_differentiable(setup_context, backward)
         OPS[name] = self
@@ -134,10 +135,10 @@ class Op:
         self, setup_context: Callable[..., None], backward: Callable[..., Any]
     ) -> None:
         def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
             with torch.no_grad():
                 result = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return result
             return tuple(
                 grad if grad is None else _Once.apply(self.name, grad, *ctx.saved_tensors)
                 for grad in result
@@ -148,44 +149,54 @@ class Op:
                 overload, backward_once, setup_context=setup_context, lib=LIBRARY
             )
 
-        # The registration above is what torch.compile sees. In eager mode and under torch.func an
-        # autograd.Function called from here does the same, at a quarter of the host time.
-        class Function(torch.autograd.Function):
+        # The registration above is what torch.compile sees. In eager mode an autograd.Function
+        # does the same at a quarter of the host time.
+        class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(overload: Any, *args: Any) -> Any:
+            def forward(ctx: Any, overload: Any, *args: Any) -> Any:
                 with torch._C._AutoDispatchBelowAutograd():
-                    return overload(*args)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                setup_context(ctx, inputs[1:], output)
+                    output = overload._op(*args)
+                setup_context(ctx, args, output)
+                return output
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> Any:
                 return (None, *backward_once(ctx, *grads))
 
+        # torch.func wants forward and setup_context apart, and asks for a vmap rule.
+        class Functional(torch.autograd.Function):
+            @staticmethod
+            def forward(overload: Any, *args: Any) -> Any:
+                return overload(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                setup_context(ctx, inputs[1:], output)
+
+            backward = staticmethod(Eager.backward)
             vmap = staticmethod(_refuse_vmap(self.name))
 
-        Function.__name__ = Function.__qualname__ = self.name
-        self._function = Function
+        for function in (Eager, Functional):
+            function.__name__ = function.__qualname__ = self.name
+        self._functional = Functional
+        # Function.apply binds its arguments through inspect.signature; that of its base does not
+        self._apply = super(torch.autograd.Function, Eager).apply
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend that the dispatcher or ``fmkernels.backend`` chooses."""
-        overload = self._select(args)
+        overload = self.overload if _requested == "auto" else self._select(args)
         if torch.compiler.is_compiling():
             return overload(*args)
         if torch._C._are_functorch_transforms_active():
-            return overload(*args) if self._function is None else self._function.apply(overload, *args)
-        if self._function is not None and torch.is_grad_enabled():
+            return overload(*args) if self._functional is None else self._functional.apply(overload, *args)
+        if self._apply is not None and torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
-                    return self._function.apply(overload, *args)
+                    return self._apply(overload, *args)
         with torch._C._AutoDispatchBelowAutograd():  # no graph: skip the Python autograd kernel
-            return overload(*args)
+            return overload._op(*args)
 
     def _select(self, args: tuple[Any, ...]) -> torch._ops.OpOverload:
-        if _requested == "auto":
-            return self.overload if self.limits(*args) is None else self.reference_overload
         if _requested == "reference":
             return self.reference_overload
         if self.why_not(_requested, *args) is not None:

@@ -42,6 +42,10 @@ Tensor backward(
 std::tuple<Tensor, Tensor> soft_sort(
     const Tensor& scores, double steepness, std::string network, std::string distribution,
     double art_lambda) {
+  if (scores.dim() > 0 && scores.size(-1) > max_kernel_size) {
+    return call_reference<std::tuple<Tensor, Tensor>>(
+        "soft_sort", scores, steepness, network, distribution, art_lambda);
+  }
   const ScalarType type = scores.scalar_type();
   const Tensor x = dense(scores, compute_type(scores));
   auto [values, permutation] =
@@ -54,6 +58,11 @@ Tensor soft_sort_backward(
     std::optional<Tensor> grad_values, std::optional<Tensor> grad_permutation,
     const Tensor& scores, double steepness, std::string network, std::string distribution,
     double art_lambda) {
+  if (scores.dim() > 0 && scores.size(-1) > max_kernel_size) {
+    return call_reference<Tensor>(
+        "soft_sort_backward", grad_values, grad_permutation, scores, steepness, network,
+        distribution, art_lambda);
+  }
   const Tensor x = dense(scores, compute_type(scores));
   if (grad_values) {
     check_count("grad_values", *grad_values, x.numel());

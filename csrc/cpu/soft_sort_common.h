@@ -10,6 +10,9 @@
 
 namespace fmkernels {
 
+// Longer rows go to the reference op: the working memory of a thread grows with the comparators.
+constexpr int64_t max_kernel_size = 1024;
+
 // The plan of a network, built once per process. Throws for an unknown name.
 const SortingPlan& sorting_plan(const std::string& network, int64_t n);
 

@@ -8,20 +8,16 @@
 namespace fmkernels {
 namespace {
 
-// The factor of every query's loss in the reduced one.
+// 1 / Σ mask for the mean, 1 otherwise: the factor of every loss besides its own mask.
 template <class T>
-std::vector<T> query_weights(const T* mask, int64_t queries, bool mean) {
+double reduction_scale(const T* mask, int64_t queries, bool mean) {
+  if (!mean) return 1;
   double total = static_cast<double>(queries);
   if (mask != nullptr) {
     total = 0;
     for (int64_t q = 0; q < queries; ++q) total += mask[q];
   }
-  const double scale = !mean ? 1 : total == 0 ? 0 : 1 / total;
-  std::vector<T> weights(queries);
-  for (int64_t q = 0; q < queries; ++q) {
-    weights[q] = static_cast<T>((mask != nullptr ? mask[q] : 1) * scale);
-  }
-  return weights;
+  return total == 0 ? 0 : 1 / total;
 }
 
 template <class T>
@@ -33,36 +29,37 @@ std::tuple<Tensor, Tensor> cross_entropy(
   std::vector<int64_t> shape = shape_of(student);
   Tensor grad_student = empty(compute_grad ? shape : std::vector<int64_t>{0}, type);
   shape.pop_back();
-  Tensor losses = empty(shape, type);
+  const bool reduce = reduction != "none";
+  Tensor result = empty(reduce ? std::vector<int64_t>{} : shape, type);
 
   const SoftSortArgs<T> sort =
       soft_sort_args<T>(student, steepness, network, distribution, art_lambda);
-  const std::vector<T> weights = query_weights(mask, sort.queries, reduction == "mean");
+  std::vector<T> reduced_losses(reduce ? sort.queries : 0);
+  T* losses = reduce ? reduced_losses.data() : data_of<T>(result);
   const CrossEntropyForward<T> args{
-      sort,           data_of<const T>(teacher),
-      static_cast<T>(teacher_steepness),
-      weights.data(), data_of<T>(losses),
+      sort, data_of<const T>(teacher), static_cast<T>(teacher_steepness), mask,
+      static_cast<T>(reduction_scale(mask, sort.queries, reduction == "mean")), losses,
       compute_grad ? data_of<T>(grad_student) : nullptr};
   const auto& kernels = soft_sort_kernels<T>();
   for_query_groups(kernels.cross_entropy, args, sort.plan, sort.queries, kernels.lanes);
 
-  T* loss = data_of<T>(losses);
-  double sum = 0;  // in a fixed order, whatever the number of threads
-  for (int64_t q = 0; q < sort.queries; ++q) {
-    loss[q] = weights[q] == 0 ? 0 : weights[q] * loss[q];  // a weight of zero removes even a NaN
-    sum += loss[q];
+  if (reduce) {  // in a fixed order, whatever the number of threads
+    double sum = 0;
+    for (int64_t q = 0; q < sort.queries; ++q) sum += losses[q];
+    *data_of<T>(result) = static_cast<T>(sum);
   }
-  if (reduction != "none") {
-    losses = empty({}, type);
-    *data_of<T>(losses) = static_cast<T>(sum);
-  }
-  return {losses, grad_student};
+  return {result, grad_student};
 }
 
 std::tuple<Tensor, Tensor> soft_sort_cross_entropy(
     const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask, double steepness,
     double teacher_steepness, std::string network, std::string distribution, double art_lambda,
     std::string reduction, bool compute_grad) {
+  if (student.dim() > 0 && student.size(-1) > max_kernel_size) {
+    return call_reference<std::tuple<Tensor, Tensor>>(
+        "soft_sort_cross_entropy", student, teacher, mask, steepness, teacher_steepness, network,
+        distribution, art_lambda, reduction, compute_grad);
+  }
   const ScalarType type = compute_type(student);
   const Tensor x = dense(student, type), y = dense(teacher, type);
   check_count("teacher", y, x.numel());

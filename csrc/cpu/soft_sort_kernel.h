@@ -38,9 +38,10 @@ struct CrossEntropyForward {
   SoftSortArgs<T> sort;  // of the student
   const T* teacher;      // (queries, n)
   T teacher_steepness;
-  const T* weights;  // (queries) factor of the gradient
-  T* losses;         // (queries), without the factor
-  T* grad_student;   // (queries, n) or null
+  const T* mask;         // (queries) or null: factor of the query's loss and gradient
+  T scale;               // another one, the same for all
+  T* losses;             // (queries)
+  T* grad_student;       // (queries, n) or null
 };
 
 // Each function works on groups [first, last) of `lanes` queries; the scratch holds

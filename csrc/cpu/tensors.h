@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "poison.h"
@@ -55,6 +57,21 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   Tensor tensor(handle);
   poison(tensor.data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
   return tensor;
+}
+
+// Calls fmkernels::<name>_reference, the op that has every shape and size, through the dispatcher.
+template <class Result, class... Args>
+Result call_reference(const char* name, const Args&... args) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const std::string full = std::string("fmkernels::") + name + "_reference";
+  StableIValue stack[] = {from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(full.c_str(), "", stack, TORCH_ABI_VERSION));
+  if constexpr (std::is_same_v<Result, Tensor>) {
+    return to<Tensor>(stack[0]);
+  } else {
+    return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+  }
 }
 
 template <class T>

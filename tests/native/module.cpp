@@ -113,7 +113,7 @@ Array<T> soft_sort_backward(
 
 template <class T>
 py::tuple cross_entropy(
-    const Array<T>& student, const Array<T>& teacher, const Array<T>& weights, int register_bytes,
+    const Array<T>& student, const Array<T>& teacher, const Array<T>& mask, int register_bytes,
     double steepness, const std::string& network, const std::string& distribution,
     double art_lambda) {
   const Problem<T> problem(student, steepness, network, distribution, art_lambda);
@@ -121,8 +121,8 @@ py::tuple cross_entropy(
   Array<T> losses = poisoned<T>({queries}), grad = poisoned<T>({queries, n});
   const auto& kernels = numerics<T>(register_bytes).soft_sort;
   const CrossEntropyForward<T> args{
-      problem.args,   teacher.data(),        T(steepness),
-      weights.data(), losses.mutable_data(), grad.mutable_data()};
+      problem.args, teacher.data(),        T(steepness),       mask.data(),
+      T(1),         losses.mutable_data(), grad.mutable_data()};
   run(kernels.cross_entropy, args, problem.plan, queries, kernels.lanes);
   return py::make_tuple(losses, grad);
 }

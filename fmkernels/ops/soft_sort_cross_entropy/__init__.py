@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmkernels import _checks
 from fmkernels._library import Op
-from fmkernels.ops.soft_sort import HALF, check_network, check_sorts, size_limit
+from fmkernels.ops.soft_sort import HALF, check_settings, check_sorts, size_limit
 from fmkernels.ops.soft_sort_cross_entropy import reference
 from fmkernels.ops.soft_sort_cross_entropy.reference import REDUCTIONS
 
@@ -77,19 +77,17 @@ def soft_sort_cross_entropy(
     """
     op = "soft_sort_cross_entropy"
     _checks.floating_tensor(op, "student", student)
-    _checks.floating_tensor(op, "teacher", teacher)
-    _checks.same_shape(op, "teacher", teacher, "student", student)
-    _checks.same_device(op, "teacher", teacher, "student", student)
+    _checks.like(op, "teacher", teacher, "student", student)
     if teacher_steepness is None:
         teacher_steepness = steepness
     else:
         _checks.non_negative(op, "teacher_steepness", teacher_steepness)
-    check_network(op, network, student.shape[-1], distribution, steepness, art_lambda)
+    check_settings(op, network, distribution, student.shape[-1], steepness, art_lambda)
     if reduction not in REDUCTIONS:
         _checks.choice(op, "reduction", reduction, REDUCTIONS)
     if mask is not None:
         mask = _check_mask(op, mask, student)
-    if student.dtype != teacher.dtype:
+    if student.dtype is not teacher.dtype:
         dtype = torch.promote_types(student.dtype, teacher.dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
     if student.dtype in HALF and torch.is_autocast_enabled(student.device.type):
@@ -137,8 +135,7 @@ def _fake(
     reduction: str,
     compute_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    if network == "bitonic":
-        check_sorts("soft_sort_cross_entropy", network, student.shape[-1])
+    check_sorts("soft_sort_cross_entropy", network, student.shape[-1])
     loss = student.new_empty(student.shape[:-1] if reduction == "none" else ())
     dtype = reference.compute_dtype(student.dtype)
     return loss, student.new_empty(student.shape if compute_grad else (0,), dtype=dtype)
