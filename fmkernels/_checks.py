@@ -76,9 +76,7 @@ def non_negative(op: str, argument: str, value: Any) -> None:
 
 def choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(
-            f"{op}: {argument}: expected one of {', '.join(choices)}, got {value!r}"
-        )
+        raise ValueError(f"{op}: {argument}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def shape(value: Tensor) -> tuple[int, ...]:

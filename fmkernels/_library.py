@@ -188,7 +188,11 @@ class Op:
         if torch.compiler.is_compiling():
             return overload(*args)
         if torch._C._are_functorch_transforms_active():
-            return overload(*args) if self._functional is None else self._functional.apply(overload, *args)
+            return (
+                overload(*args)
+                if self._functional is None
+                else self._functional.apply(overload, *args)
+            )
         if self._apply is not None and torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:

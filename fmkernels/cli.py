@@ -59,7 +59,9 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         from fmkernels.demo import run
     except ModuleNotFoundError as error:
-        print(f"demo: {error.name} is missing: pip install 'fmkernels[demo,peers]'", file=sys.stderr)
+        print(
+            f"demo: {error.name} is missing: pip install 'fmkernels[demo,peers]'", file=sys.stderr
+        )
         return 1
     if options.steps < 1:
         print(f"demo: --steps: expected at least 1, got {options.steps}", file=sys.stderr)

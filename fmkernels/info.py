@@ -38,7 +38,9 @@ def collect() -> dict[str, Any]:
         "ops": {name: op.backends() for name, op in sorted(_library.OPS.items())},
         "gpu verified": _verified(),
         "environment": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith("FMKERNELS_")
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("FMKERNELS_")
         },
     }
 

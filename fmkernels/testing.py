@@ -94,14 +94,18 @@ def layouts(values: Tensor) -> Iterator[tuple[str, Tensor]]:
     values = values.detach()
     yield "contiguous", values.contiguous().clone()
     if values.ndim:
-        yield "sliced", torch.cat([values, values, values], dim=-1).narrow(
-            -1, values.shape[-1], values.shape[-1]
+        yield (
+            "sliced",
+            torch.cat([values, values, values], dim=-1).narrow(
+                -1, values.shape[-1], values.shape[-1]
+            ),
         )
         if values.ndim > 1:
             yield "transposed", values.mT.contiguous().mT
         yield "strided", torch.stack([values, torch.full_like(values, torch.nan)], dim=-1)[..., 0]
-    yield "offset", torch.cat([values.new_full((3,), torch.nan), values.flatten()])[3:].view(
-        values.shape
+    yield (
+        "offset",
+        torch.cat([values.new_full((3,), torch.nan), values.flatten()])[3:].view(values.shape),
     )
     for dim in range(values.ndim):
         first = values.narrow(dim, 0, min(1, values.shape[dim]))

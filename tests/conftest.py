@@ -22,7 +22,7 @@ def poisoned():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the tensors are small; two threads only wait for each other
 
 
 def pytest_collection_modifyitems(items):

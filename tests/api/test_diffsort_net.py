@@ -5,7 +5,6 @@ import copy
 import diffsort
 import pytest
 import torch
-
 from fmkernels.api import DiffSortNet
 
 

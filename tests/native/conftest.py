@@ -10,6 +10,7 @@ from pathlib import Path
 import ninja
 import pybind11
 import pytest
+import torch
 from ninja import ninja_syntax
 
 from fmkernels import _library
@@ -24,7 +25,12 @@ FLAGS += ["-Wno-psabi", "-Wno-unused-function"]
 
 
 def write_build(path, compiler, output):
-    includes = [CSRC / "include", CSRC / "cpu", pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [
+        CSRC / "include",
+        CSRC / "cpu",
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+    ]
     flags = [*FLAGS, *(f"-I{folder}" for folder in includes)]
     if _library.native is not None and "avx2" in _library.native.cpu_isas():
         flags += ["-mavx2", "-mfma"]
@@ -43,7 +49,9 @@ def write_build(path, compiler, output):
         for name, register_bytes in REGISTER_BYTES.items():
             objects.append(f"{name}.o")
             define = f"-DFMKERNELS_ISA={name} -DREGISTER_BYTES={register_bytes}"
-            build.build(objects[-1], "compile", str(HERE / "lanes.cpp"), variables={"define": define})
+            build.build(
+                objects[-1], "compile", str(HERE / "lanes.cpp"), variables={"define": define}
+            )
         build.build(output, "link", objects)
 
 
@@ -68,3 +76,9 @@ def native(request):
 @pytest.fixture(params=list(REGISTER_BYTES.values()), ids=list(REGISTER_BYTES))
 def register_bytes(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread(seeded):
+    """The reference on these few rows; two threads would mostly wait for each other."""
+    torch.set_num_threads(1)

@@ -14,7 +14,9 @@ def features(*shape):
 def test_is_the_sorted_cross_entropy_of_similarities_or_distances():
     student, teacher, references = features(2, 5, 8), features(2, 5, 8), features(2, 7, 8)
     mask = torch.rand(2, 5)
-    cosine = [F.normalize(x, dim=-1) @ F.normalize(references, dim=-1).mT for x in (student, teacher)]
+    cosine = [
+        F.normalize(x, dim=-1) @ F.normalize(references, dim=-1).mT for x in (student, teacher)
+    ]
     euclidean = [torch.cdist(x, references) for x in (student, teacher)]
     for metric, (a, b) in {"cosine": cosine, "euclidean": euclidean}.items():
         for reduction in ("none", "mean", "sum"):

@@ -64,8 +64,6 @@ def test_every_memory_layout_gives_the_same(case):
     testing.check_gradient_layouts(case.function, *case.inputs(6, 7, torch.float32))
 
 
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("suffix", ["", "_reference"])
 def test_opcheck(suffix, dtype):
@@ -93,12 +91,12 @@ def test_opcheck(suffix, dtype):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize(
-    "case", [FEW[0], FEW[-3], FEW[-1]], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [FEW[0], FEW[-3], FEW[-1]], ids=lambda case: case.name)
 def test_compile_gives_the_same(case, dynamic):
     torch._dynamo.reset()
-    compiled = Case(case.name, torch.compile(case.function, fullgraph=True, dynamic=dynamic), case.make)
+    compiled = Case(
+        case.name, torch.compile(case.function, fullgraph=True, dynamic=dynamic), case.make
+    )
     for rows in (4, 6, 10):
         inputs = case.inputs(rows, 7, torch.float32)
         for a, b in zip(
@@ -157,7 +155,9 @@ def test_vmap_refuses(case):
     inputs = tuple(x.detach() for x in case.inputs(4, 7))
     if case.name.startswith("neighbors"):
         inputs = tuple(x[None] for x in inputs)
-    with pytest.raises(NotImplementedError, match=r"vmap is not supported.*any leading batch shape"):
+    with pytest.raises(
+        NotImplementedError, match=r"vmap is not supported.*any leading batch shape"
+    ):
         torch.func.vmap(case.function)(*inputs)
 
 

@@ -46,9 +46,7 @@ def features(rows: int, n: int, references: bool = False) -> Tensor:
 
 def _sort(**settings: Any) -> Case:
     name = "soft_sort-" + "-".join(str(value) for value in settings.values())
-    return Case(
-        name, partial(fmkernels.soft_sort, **settings), lambda rows, n: (scores(rows, n),)
-    )
+    return Case(name, partial(fmkernels.soft_sort, **settings), lambda rows, n: (scores(rows, n),))
 
 
 def _cross_entropy(masked: bool = False, **settings: Any) -> Case:
@@ -87,7 +85,9 @@ CASES = [
     _neighbors(metric="euclidean", steepness=2.0, reduction="none"),
 ]
 
-FEW = [case for case in CASES if "cauchy" in case.name or "mean" in case.name or "none" in case.name]
+FEW = [
+    case for case in CASES if "cauchy" in case.name or "mean" in case.name or "none" in case.name
+]
 """Enough for the kinds of test that do not depend on the configuration."""
 
 

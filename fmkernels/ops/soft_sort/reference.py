@@ -133,9 +133,7 @@ def sort_values(
     return values, trace
 
 
-def sort_values_backward(
-    grad_values: Tensor, grad_keep: list[Tensor], trace: list[Swap]
-) -> Tensor:
+def sort_values_backward(grad_values: Tensor, grad_keep: list[Tensor], trace: list[Swap]) -> Tensor:
     """Gradient of the scores (rows, n), given those of the sorted values and of every ``keep``."""
     grad = grad_values
     for layer, dk in zip(reversed(trace), reversed(grad_keep), strict=True):

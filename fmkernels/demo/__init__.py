@@ -1,0 +1,144 @@
+"""The demo: NeCo's loss at work on photographs, and measured beside diffsort.
+
+``python -m fmkernels demo`` trains a small network for a few seconds until it orders the
+neighbours of photograph patches as its teacher does, draws that, and compares one training step
+with the same step built on the installed diffsort package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fmkernels import __version__, _library, info
+from fmkernels.demo import comparison, photographs, training
+
+QUERIES = (("coffee", 6, 0), ("chelsea", 3, 0), ("flower", 5, 2), ("rocket", 7, 2))
+"""What the picture shows: photograph, row and column among its held-out patches."""
+
+
+def run(picture: Path | None, steps: int) -> int:
+    """Train, draw, compare; the exit code is 0 if the training brought the orders together.
+
+    Args:
+        picture: where the PNG goes, or None for numbers only.
+        steps: gradient steps.
+    """
+    console = Console(width=None if Console().is_terminal else 100)
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    photos = photographs.load()
+    if not photos:
+        console.print("demo: no photographs: pip install scikit-learn scikit-image")
+        return 1
+    console.print(f"[bold]fmkernels {__version__}[/bold] on {machine()}\n")
+    console.print(
+        f"1. A student learns its teacher's order of neighbours: {steps} steps of "
+        f"patch_neighbor_loss\n   on {len(photos)} photographs ({', '.join(photos)})"
+    )
+    experiment = training.Experiment(photos)
+    before = experiment.evaluate()
+    losses = _train(experiment, steps, console)
+    after = experiment.evaluate()
+    console.print(_agreement_table(before, after, losses))
+
+    if picture is not None:
+        _draw(picture, experiment, before, after, losses, console)
+
+    console.print("2. The same step built on diffsort")
+    if importlib.util.find_spec("diffsort") is None:
+        console.print("   left out: diffsort is missing: pip install diffsort")
+    else:
+        with console.status("comparing, a few seconds"):
+            result = comparison.compare()
+        console.print(_comparison_table(result))
+    console.print(f"Done in {time.perf_counter() - start:.0f} s.")
+    return 0 if after.spearman > before.spearman else 1
+
+
+def machine() -> str:
+    """The processor, instruction set and threads that the figures hold for."""
+    native = _library.native
+    kernels = f"{native.cpu_isa()} kernels" if native else "no compiled kernels (the reference)"
+    return f"{info.cpu_model()}, {kernels}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _train(experiment: training.Experiment, steps: int, console: Console) -> list[float]:
+    columns = TextColumn("   {task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("training", total=steps)
+        losses = []
+        for _ in range(steps):
+            losses.append(experiment.step())
+            progress.update(task, advance=1, description=f"loss {losses[-1]:.3f}")
+    return losses
+
+
+def _draw(
+    path: Path,
+    experiment: training.Experiment,
+    before: training.Evaluation,
+    after: training.Evaluation,
+    losses: list[float],
+    console: Console,
+) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("   no picture: matplotlib is missing: pip install matplotlib\n")
+        return
+    from fmkernels.demo import picture
+
+    figure = picture.draw(experiment, before, after, losses, QUERIES)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    console.print(f"   picture: {path}\n")
+
+
+def _agreement_table(
+    before: training.Evaluation, after: training.Evaluation, losses: list[float]
+) -> Table:
+    table = Table("held-out patches, student against teacher", "before", "after")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row("loss if student = teacher", f"{before.floor:.3f}", f"{after.floor:.3f}")
+    table.add_row("rank correlation (Spearman)", f"{before.spearman:.2f}", f"{after.spearman:.2f}")
+    table.add_row("shared among the 5 nearest", f"{before.top5:.0%}", f"{after.top5:.0%}")
+    return table
+
+
+def _comparison_table(result: comparison.Comparison) -> Table:
+    table = Table(
+        f"forward + backward, {comparison.ROWS} queries of n = {comparison.SIZE}",
+        f"diffsort {result.diffsort_version}",
+        "fmkernels",
+        "",
+        caption=f"{machine()}\nmedians of {comparison.PAIRS} interleaved pairs; memory in fresh processes",
+        caption_justify="left",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    theirs, ours = result.diffsort, result.fmkernels
+    table.add_row("loss (float64)", f"{theirs.loss:.12f}", f"{ours.loss:.12f}", "")
+    table.add_row("largest difference of gradients", "", "", f"{result.gradient_difference:.0e}")
+    table.add_row(
+        "time of a step (float32)",
+        f"{theirs.seconds * 1e3:.1f} ms",
+        f"{ours.seconds * 1e3:.2f} ms",
+        f"{result.speed_ratio:.0f} × faster",
+    )
+    if theirs.peak_bytes is None or ours.peak_bytes is None:
+        table.add_row("peak extra memory", "", "", "measured on Linux only")
+    else:
+        table.add_row(
+            "peak extra memory",
+            f"{theirs.peak_bytes / 1e6:.0f} MB",
+            f"{ours.peak_bytes / 1e6:.1f} MB",
+            f"{ours.peak_bytes / theirs.peak_bytes:.1%}",
+        )
+    return table

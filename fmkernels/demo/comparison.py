@@ -1,0 +1,108 @@
+"""One training step's sort and loss, with fmkernels and composed from the diffsort package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fmkernels
+
+ROWS, SIZE, STEEPNESS = 392, 49, 100.0
+PAIRS = 9
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one package needs for a step."""
+
+    loss: float
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both packages on the same scores, in one run."""
+
+    diffsort_version: str
+    diffsort: Figures
+    fmkernels: Figures
+    gradient_difference: float
+    speed_ratio: float
+
+
+def scores(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Student and teacher similarities, (ROWS, SIZE), spread like cosines of related patches."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 0.15 * torch.randn(2, ROWS, SIZE, generator=generator)
+    return student.to(dtype).requires_grad_(), teacher.to(dtype)
+
+
+def fmkernels_step(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient by the fused op."""
+    loss = fmkernels.soft_sort_cross_entropy(student, teacher, steepness=STEEPNESS)
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+def diffsort_step(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as NeCo's released code composes it."""
+    from diffsort import DiffSortNet
+
+    sorter = DiffSortNet("bitonic", SIZE, steepness=STEEPNESS, distribution="cauchy")
+    _, p = sorter(student)
+    with torch.no_grad():
+        _, q = sorter(teacher)
+    loss = -(q * p.log()).sum(dim=-1).mean()
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+STEPS = {"fmkernels": fmkernels_step, "diffsort": diffsort_step}
+
+
+def compare() -> Comparison:
+    """Parity in float64, times in interleaved pairs, memory in fresh processes."""
+    exact = {name: step(*scores(torch.float64)) for name, step in STEPS.items()}
+    times: dict[str, list[float]] = {name: [] for name in STEPS}
+    inputs = scores()
+    for step in STEPS.values():
+        for _ in range(3):  # fresh memory, thread pools
+            step(*inputs)
+    for pair in range(PAIRS):
+        for name in sorted(STEPS, reverse=pair % 2 == 1):
+            calls = 10 if name == "fmkernels" else 1
+            times[name].append(_seconds(STEPS[name], inputs, calls))
+
+    def figures(name: str) -> Figures:
+        return Figures(exact[name][0].item(), statistics.median(times[name]), peak_bytes(name))
+
+    ratios = [b / a for a, b in zip(times["fmkernels"], times["diffsort"], strict=True)]
+    return Comparison(
+        importlib.metadata.version("diffsort"),
+        figures("diffsort"),
+        figures("fmkernels"),
+        (exact["fmkernels"][1] - exact["diffsort"][1]).abs().max().item(),
+        statistics.median(ratios),
+    )
+
+
+def _seconds(step: Callable[..., object], inputs: tuple[Tensor, Tensor], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step(*inputs)
+    return (time.perf_counter() - start) / calls
+
+
+def peak_bytes(package: str) -> int | None:
+    """Rise of a fresh process's peak resident size over one step; None where it cannot be read."""
+    script = Path(__file__).with_name("peak_memory.py")
+    result = subprocess.run([sys.executable, script, package], capture_output=True, text=True)
+    return int(result.stdout) if result.returncode == 0 else None
