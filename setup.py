@@ -44,7 +44,7 @@ def why_pure_python():
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch could not be imported at build time (install it first, then --no-build-isolation)"
+        return "torch was not importable at build time (install it first, then --no-build-isolation)"
     return None
 
 

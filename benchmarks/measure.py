@@ -118,7 +118,7 @@ def peak_extra_bytes(module: str, workload: str, provider: str) -> int:
 
 
 def roofline() -> dict[str, float]:
-    """What this machine does at best, measured in this run: GB/s of a copy, GFLOP/s of float32 mm."""
+    """The best of this machine, measured in this run: float32 mm and a copy, with 2 threads."""
     a, b = torch.randn(2, 2048, 2048).unbind()
     source, target = torch.randn(2, 2**26).unbind()
     warm_up(lambda: a @ b)

@@ -1,4 +1,4 @@
-"""Writes the README's tables and docs/benchmarks/*.png from benchmarks/results; --check compares."""
+"""Writes the README's tables and docs/benchmarks/*.png from benchmarks/results."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ class Sorting:
     def operations(self) -> int:
         """Multiplications and additions of the fused step, rows of X in their support only.
 
-        Per comparator and row of X: 6 for a mix, 3 for a difference and its product, 6 to go back.
+        Per comparator and row of X: 6 to mix (the teacher's, or the forward pass of the matrix), 7
+        to mix and keep the difference, 7 to go back.
         """
         reached_pairs = 0
         for row in range(self.n):
@@ -41,7 +42,7 @@ class Sorting:
                 touched = [pair for pair in zip(lo, hi, strict=True) if reached & set(pair)]
                 reached.update(wire for pair in touched for wire in pair)
                 reached_pairs += len(touched)
-        return self.rows * reached_pairs * (6 + 9 + 6 if self.loss else 6 + 9 + 6)
+        return self.rows * reached_pairs * (6 + 7 + 7)
 
     def bytes_moved(self) -> int:
         """What must be read and written at least: scores, gradient, and P where it is asked for."""

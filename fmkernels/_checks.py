@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions; messages read ``op: argument: expected … got …``."""
+"""Argument checks of the public functions; messages read ``op: argument: expected … got …``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Photographs that come with scikit-learn and scikit-image, cut into patches.
 
-The left two thirds of every photograph are for training, the right third is held out.
+The left third of every photograph is held out, the rest is for training.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def load() -> dict[str, Tensor]:
 
 
 def border(photo: Tensor) -> int:
-    """The column where the held-out third begins."""
-    return photo.shape[2] * 2 // 3
+    """The column where the held-out third ends."""
+    return photo.shape[2] // 3
 
 
 def cut(image: Tensor) -> Tensor:
@@ -45,13 +45,13 @@ def cut(image: Tensor) -> Tensor:
 
 
 def held_out(photo: Tensor) -> Tensor:
-    """The patches of the right third, (rows, columns, 3, PATCH, PATCH)."""
-    return cut(photo[:, :, border(photo) :])
+    """The patches of the left third, (rows, columns, 3, PATCH, PATCH)."""
+    return cut(photo[:, :, : border(photo)])
 
 
 def random_crop(photo: Tensor) -> Tensor:
-    """The patches of a random crop of the left two thirds, (GRID², 3, PATCH, PATCH)."""
+    """The patches of a random crop of the right two thirds, (GRID², 3, PATCH, PATCH)."""
     size = GRID * PATCH
     top = int(torch.randint(photo.shape[1] - size + 1, ()))
-    left = int(torch.randint(border(photo) - size + 1, ()))
+    left = int(torch.randint(border(photo), photo.shape[2] - size + 1, ()))
     return cut(photo[:, top : top + size, left : left + size]).flatten(0, 1)

@@ -79,8 +79,10 @@ def test_a_masked_row_may_hold_anything(backend):
 def test_extreme_scores_stay_finite(network, distribution, dtype):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.zeros(49), torch.full((49,), 1e30), torch.arange(49.0), -torch.arange(49.0)]
-    for magnitude in (1e-30, 1e-6, 0.15, 1.0, 1e6, 1e30):
-        rows.append(magnitude * torch.rand(49, generator=generator) - magnitude / 2)
+    rows += [
+        magnitude * (torch.rand(49, generator=generator) - 0.5)
+        for magnitude in (1e-30, 1e-6, 0.15, 1.0, 1e6, 1e30)
+    ]
     rows = torch.stack(rows).to(dtype)
     for steepness in (0.0, 100.0, 1e6):
         student = rows.clone().requires_grad_()

@@ -1,13 +1,24 @@
 """The same functions composed from the installed diffsort package, in PyTorch's eager mode."""
 
+import functools
+
 import torch
-from diffsort import DiffSortNet
+from diffsort.functional import sort
+from diffsort.networks import get_sorting_network
 from torch.nn import functional as F
 
 
+@functools.lru_cache(maxsize=2)
+def sorting_network(network, n, dtype):
+    """DiffSortNet's matrices; to make them takes longer than to use them once."""
+    layers = get_sorting_network(network, n, "cpu")
+    return [[matrix.to(dtype) for matrix in layer] for layer in layers]
+
+
 def soft_sort(scores, *, steepness, network="bitonic", distribution="cauchy"):
-    n = scores.shape[-1]
-    return DiffSortNet(network, n, steepness=steepness, distribution=distribution)(scores)
+    """What ``DiffSortNet(network, n, steepness=…, distribution=…)(scores)`` computes."""
+    matrices = sorting_network(network, scores.shape[-1], scores.dtype)
+    return sort(matrices, scores, steepness, 0.25, distribution)
 
 
 def soft_sort_cross_entropy(student, teacher, **settings):

@@ -162,7 +162,7 @@ def sort_rows(state: Tensor, trace: list[Swap]) -> tuple[Tensor, list[Tensor]]:
 def add_keep_gradient(
     grad_keep: list[Tensor], grad: Tensor, differences: list[Tensor], trace: list[Swap]
 ) -> None:
-    """Add Σ e·d of these rows of X to every layer's gradient of ``keep``, from the last layer on."""
+    """Add Σ e·d of these rows of X to every layer's gradient of ``keep``, last layer first."""
     for index in reversed(range(len(trace))):
         layer = trace[index]
         grad_keep[index] += (difference(grad, layer) * differences[index]).sum(dim=1)
