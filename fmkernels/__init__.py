@@ -4,6 +4,7 @@ Functions on tensors live here; what the papers call things (modules, losses, ex
 ``fmkernels.api``. ``python -m fmkernels info`` says what this installation can do.
 """
 
+from fmkernels import testing
 from fmkernels._library import backend
 from fmkernels._version import __version__
 from fmkernels.ops.patch_neighbor_loss import patch_neighbor_loss
@@ -16,4 +17,5 @@ __all__ = [
     "patch_neighbor_loss",
     "soft_sort",
     "soft_sort_cross_entropy",
+    "testing",
 ]

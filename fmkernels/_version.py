@@ -1,1 +1,3 @@
+"""The version: one place, semantic versioning."""
+
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,8 +20,8 @@ from rich.table import Table
 from fmkernels import __version__, _library, info
 from fmkernels.demo import comparison, photographs, training
 
-QUERIES = (("coffee", 6, 0), ("chelsea", 3, 0), ("flower", 5, 2), ("rocket", 7, 2))
-"""What the picture shows: photograph, row and column among its held-out patches."""
+SHOWN = (("coffee", 8, 1), ("china", 4, 4), ("chelsea", 5, 2), ("astronaut", 10, 3))
+"""The queries of the picture: photograph, row and column among its held-out patches."""
 
 
 def run(picture: Path | None, steps: int) -> int:
@@ -43,13 +44,16 @@ def run(picture: Path | None, steps: int) -> int:
         f"patch_neighbor_loss\n   on {len(photos)} photographs ({', '.join(photos)})"
     )
     experiment = training.Experiment(photos)
-    before = experiment.evaluate()
+    shown = [(name, row, column) for name, row, column in SHOWN if name in photos]
+    queries = torch.stack([photographs.held_out(photos[name])[r, c] for name, r, c in shown])
+    before, order_before = experiment.evaluate(), experiment.order(queries)
     losses = _train(experiment, steps, console)
-    after = experiment.evaluate()
-    console.print(_agreement_table(before, after, losses))
+    after, order_after = experiment.evaluate(), experiment.order(queries)
+    console.print(_agreement_table(before, after))
 
     if picture is not None:
-        _draw(picture, experiment, before, after, losses, console)
+        orders = (order_before, order_after, experiment.order(queries, teacher=True))
+        _draw(picture, experiment, (before, after), losses, shown, orders, console=console)
 
     console.print("2. The same step built on diffsort")
     if importlib.util.find_spec("diffsort") is None:
@@ -80,28 +84,18 @@ def _train(experiment: training.Experiment, steps: int, console: Console) -> lis
     return losses
 
 
-def _draw(
-    path: Path,
-    experiment: training.Experiment,
-    before: training.Evaluation,
-    after: training.Evaluation,
-    losses: list[float],
-    console: Console,
-) -> None:
+def _draw(path: Path, *contents: Any, console: Console) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         console.print("   no picture: matplotlib is missing: pip install matplotlib\n")
         return
     from fmkernels.demo import picture
 
-    figure = picture.draw(experiment, before, after, losses, QUERIES)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    picture.draw(*contents).savefig(path, dpi=150)
     console.print(f"   picture: {path}\n")
 
 
-def _agreement_table(
-    before: training.Evaluation, after: training.Evaluation, losses: list[float]
-) -> Table:
+def _agreement_table(before: training.Evaluation, after: training.Evaluation) -> Table:
     table = Table("held-out patches, student against teacher", "before", "after")
     for column in table.columns[1:]:
         column.justify = "right"

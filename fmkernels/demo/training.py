@@ -20,7 +20,10 @@ from fmkernels.demo import photographs
 
 BATCH = 8
 REFERENCES = 49
+QUERIES = 200
 STEEPNESS = 100.0
+FEATURES = 20
+LARGEST_GAIN = 4.0
 
 
 def describe(patches: Tensor) -> Tensor:
@@ -39,17 +42,27 @@ def describe(patches: Tensor) -> Tensor:
     return torch.cat([layout, 5 * edges], dim=1).unflatten(0, patches.shape[:-3])
 
 
+class Whitening:
+    """Centres features and evens out their directions, so that cosines spread over −1 … 1."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.centre = features.mean(dim=0)
+        variance, directions = torch.linalg.eigh(torch.cov(features.T))
+        self.matrix = directions * variance.rsqrt().clamp_max(LARGEST_GAIN)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.centre) @ self.matrix
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """How well the student's order of the held-out references agrees with the teacher's."""
+    """How well the student orders the references for held-out patches, held against the teacher."""
 
     loss: float
     floor: float
     """The loss of a student that equals the teacher: the entropy of the relaxed order."""
     spearman: float
     top5: float
-    scores: Tensor
-    """(queries, references) similarities of the student."""
 
 
 class Experiment:
@@ -57,27 +70,30 @@ class Experiment:
 
     def __init__(self, photos: dict[str, Tensor]) -> None:
         self.photos = photos
-        self.queries = {name: photographs.held_out(photo) for name, photo in photos.items()}
-        patches = torch.cat([grid.flatten(0, 1) for grid in self.queries.values()])
-        training = [photographs.cut(photo).flatten(0, 1) for photo in photos.values()]
-        self.centre = describe(torch.cat(training)).mean(dim=0)
-
-        order = torch.randperm(len(patches))
-        self.references = patches[order[:REFERENCES]]
-        self.test = patches[order[REFERENCES : REFERENCES + 4 * REFERENCES]]
-        features = self.teacher(patches)
+        held_out = [photographs.held_out(photo).flatten(0, 1) for photo in photos.values()]
+        seen = torch.cat([photographs.for_training(photo).flatten(0, 1) for photo in photos.values()])
+        self.whiten = Whitening(describe(seen))
+        self.references = self._references()
+        self.test = torch.cat(held_out)[torch.randperm(sum(map(len, held_out)))[:QUERIES]]
         self.student = nn.Sequential(
             nn.AdaptiveAvgPool2d(8),
             nn.Flatten(),
             nn.Linear(3 * 8 * 8, 256),
             nn.GELU(),
-            nn.Linear(256, features.shape[-1]),
+            nn.Linear(256, FEATURES),
         )
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=2e-3)
 
+    def _references(self) -> Tensor:
+        """As many training patches of every photograph, (REFERENCES, 3, PATCH, PATCH)."""
+        grids = [photographs.for_training(photo).flatten(0, 1) for photo in self.photos.values()]
+        grids = [grid[torch.randperm(len(grid))] for grid in grids]
+        turns = [grid[turn] for turn in range(REFERENCES) for grid in grids]
+        return torch.stack(turns[:REFERENCES])
+
     def teacher(self, patches: Tensor) -> Tensor:
         """(…, 3, PATCH, PATCH) -> (…, D)"""
-        return describe(patches) - self.centre
+        return self.whiten(describe(patches))
 
     def step(self) -> float:
         """One gradient step on a batch of crops; returns the loss."""
@@ -113,5 +129,9 @@ class Experiment:
             return fmkernels.soft_sort_cross_entropy(scores, teacher, steepness=STEEPNESS).item()
 
         return Evaluation(
-            loss(student), loss(teacher), float(np.mean(ranks)), float(np.mean(shared)), student
+            loss(student), loss(teacher), float(np.mean(ranks)), float(np.mean(shared))
         )
+
+    def order(self, patches: Tensor, *, teacher: bool = False) -> Tensor:
+        """(M, 3, PATCH, PATCH) -> (M, REFERENCES, REFERENCES): relaxed permutation matrices."""
+        return fmkernels.soft_sort(self.scores(patches, teacher=teacher), steepness=STEEPNESS)[1]

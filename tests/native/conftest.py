@@ -10,7 +10,6 @@ from pathlib import Path
 import ninja
 import pybind11
 import pytest
-import torch
 from ninja import ninja_syntax
 
 from fmkernels import _library
@@ -76,9 +75,3 @@ def native(request):
 @pytest.fixture(params=list(REGISTER_BYTES.values()), ids=list(REGISTER_BYTES))
 def register_bytes(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread(seeded):
-    """The reference on these few rows; two threads would mostly wait for each other."""
-    torch.set_num_threads(1)

@@ -1,0 +1,54 @@
+"""Docstrings run, every public name has a page, links resolve. Pages run by --doctest-glob."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import fmkernels
+import fmkernels.api
+from fmkernels.ops.soft_sort.networks import sorts
+
+DOCS = Path(__file__).parent.parent / "docs"
+MODULES = [
+    name
+    for package in (fmkernels, fmkernels.api)
+    for _, name, _ in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+    if not name.startswith(("fmkernels.demo", "fmkernels.__main__")) and not name.endswith("._C")
+]
+
+
+@pytest.mark.parametrize("name", sorted({"fmkernels.api", *MODULES}))
+def test_docstrings(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
+@pytest.mark.parametrize("package", [fmkernels, fmkernels.api], ids=lambda p: p.__name__)
+def test_every_public_name_is_documented(package):
+    pages = "\n".join(page.read_text() for page in DOCS.rglob("*.md"))
+    for name in package.__all__:
+        assert re.search(rf"\b{re.escape(name)}\b", pages), name
+        assert name.startswith("__") or getattr(package, name).__doc__, name
+
+
+def test_links_resolve():
+    missing = [
+        f"{page.relative_to(DOCS)}: {link}"
+        for page in DOCS.rglob("*.md")
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        if not (page.parent / link).exists()
+    ]
+    assert missing == []
+
+
+def test_the_sizes_that_bitonic_does_not_sort():
+    text = (DOCS / "networks.md").read_text().split("exactly these n:")[1].split("`sorts")[0]
+    listed = set()
+    for first, last in re.findall(r"(\d+)(?:–(\d+))?", text):
+        listed.update(range(int(first), int(last or first) + 1))
+    assert listed == {n for n in range(2, 257) if not sorts("bitonic", n)}
