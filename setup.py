@@ -8,6 +8,7 @@ without the extension, says so, and leaves the reason where ``python -m fmkernel
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+OBJECTS = Path("build", "objects")  # every kind of build shares it: editable, in place, wheel
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000"]
@@ -36,43 +38,46 @@ else:
 
 def why_pure_python():
     """The reason why the extension cannot be built here, or None."""
-    if shutil.which(compiler()) is None:
-        return f"no C++ compiler ({compiler()!r} not found) when it was installed"
-    trial = subprocess.run([compiler(), "--version"], capture_output=True)
-    if trial.returncode != 0:
-        return f"the C++ compiler {compiler()!r} did not run when it was installed"
+    command = compiler()
+    if shutil.which(command[0]) is None:
+        return f"no C++ compiler ({command[0]!r} not found) when it was installed"
+    if subprocess.run([*command, "--version"], capture_output=True).returncode != 0:
+        return f"the C++ compiler {shlex.join(command)!r} did not run when it was installed"
     try:
         import torch  # noqa: F401
-    except ImportError:
+    except (ImportError, OSError):
         return "torch was not importable at build time (install it first, then --no-build-isolation)"
     return None
 
 
 def compiler():
-    return os.environ.get("CXX", "g++")
+    """The C++ compiler's command line, such as ``["ccache", "g++"]``."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
-def compile_jobs(objects):
-    """(source, object, flags) for every object file."""
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+def compile_jobs():
+    """(source, object, flags) for every object file; paths are relative to ROOT."""
+    for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        source = path.relative_to(ROOT)
         if source.stem.endswith("_kernel"):
             for isa, flags in INSTRUCTION_SETS.items():
-                target = objects / f"{source.stem}.{isa}.o"
+                target = OBJECTS / f"{source.stem}.{isa}.o"
                 yield source, target, [*KERNEL, f"-DFMKERNELS_ISA={isa}", *flags]
         else:
-            yield source, objects / f"{source.stem}.o", ["-O2"]
+            yield source, OBJECTS / f"{source.stem}.o", ["-O2"]
 
 
 def is_current(target, command):
     """Whether the object is newer than everything it was made from, by the same command."""
+    target = ROOT / target
     record, depends = target.with_suffix(".cmd"), target.with_suffix(".d")
     if not (target.exists() and depends.exists() and record.exists()):
         return False
     if record.read_text() != " ".join(command):
         return False
-    words = depends.read_text().replace("\\\n", " ").split()[1:]
+    made_from = [ROOT / word for word in depends.read_text().replace("\\\n", " ").split()[1:]]
     made = target.stat().st_mtime
-    return all(os.path.exists(word) and os.path.getmtime(word) <= made for word in words)
+    return all(path.exists() and path.stat().st_mtime <= made for path in made_from)
 
 
 class BuildExtension(build_ext):
@@ -90,32 +95,33 @@ class BuildExtension(build_ext):
     def build_extension(self, ext):
         from torch.utils import cpp_extension
 
-        objects = Path(self.build_temp).resolve() / "fmkernels"
-        objects.mkdir(parents=True, exist_ok=True)
-        includes = [ROOT / "csrc" / "include", ROOT / "csrc" / "cpu"]
+        (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
+        includes = [Path("csrc", "include"), Path("csrc", "cpu")]
         system = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
         include_flags = [f"-I{path}" for path in includes] + [f"-isystem{path}" for path in system]
 
         def compile_one(job):
             source, target, flags = job
-            command = [compiler(), *COMMON, *DEFINES, *flags, *include_flags]
-            command += ["-MMD", "-MF", str(target.with_suffix(".d"))]
+            command = [*compiler(), *COMMON, *DEFINES, *flags, *include_flags]
+            command += ["-MD", "-MF", str(target.with_suffix(".d"))]
             command += ["-c", str(source), "-o", str(target)]
             if not is_current(target, command):
                 print("fmkernels: compiling", target.name, flush=True)
-                subprocess.run(command, check=True)
-                target.with_suffix(".cmd").write_text(" ".join(command))
-            return str(target)
+                record = (ROOT / target).with_suffix(".cmd")
+                record.unlink(missing_ok=True)
+                subprocess.run(command, check=True, cwd=ROOT)
+                record.write_text(" ".join(command))
+            return str(ROOT / target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            linked = list(pool.map(compile_one, compile_jobs(objects)))
+            linked = list(pool.map(compile_one, compile_jobs()))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         libraries += ["-ltorch", "-ltorch_cpu"]
-        link = [compiler(), "-shared", *linked, *libraries, "-Wl,--as-needed", "-Wl,-s"]
+        link = [*compiler(), "-shared", *linked, *libraries, "-Wl,--as-needed", "-Wl,-s"]
         if sys.platform == "darwin":
-            link = [compiler(), "-shared", *linked, *libraries, "-undefined", "dynamic_lookup"]
+            link = [*compiler(), "-shared", *linked, *libraries, "-undefined", "dynamic_lookup"]
         subprocess.run([*link, "-o", str(output)], check=True)
 
 

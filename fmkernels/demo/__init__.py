@@ -20,7 +20,7 @@ from rich.table import Table
 from fmkernels import __version__, _library, info
 from fmkernels.demo import comparison, photographs, training
 
-SHOWN = (("coffee", 8, 1), ("china", 4, 4), ("chelsea", 5, 2), ("astronaut", 10, 3))
+SHOWN = (("coffee", 8, 1), ("china", 12, 1), ("astronaut", 9, 3), ("rocket", 4, 2))
 """The queries of the picture: photograph, row and column among its held-out patches."""
 
 

@@ -42,8 +42,8 @@ def draw(
         orders: permutation matrices before, after and of the teacher, (queries, 49, 49) each.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(14, 1.75 * len(queries) + 3.3), facecolor="white", layout="none")
-        top, foot = figure.subfigures(2, 1, height_ratios=(1.75 * len(queries) + 0.9, 2.4))
+        figure = Figure(figsize=(14, 1.75 * len(queries) + 3.4), facecolor="white", layout="none")
+        top, foot = figure.subfigures(2, 1, height_ratios=(1.75 * len(queries) + 1.0, 2.4))
         _bands(top, experiment, queries, orders)
         _foot(foot, experiment, evaluations, losses)
     return figure
@@ -55,15 +55,16 @@ def _bands(
     queries: Sequence[Query],
     orders: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    figure.text(0.02, 0.965, "Learning an order of neighbours", fontsize=17, weight="bold")
+    figure.text(0.02, 0.97, "Learning an order of neighbours", fontsize=17, weight="bold")
     figure.text(
-        0.02, 0.935, "patch_neighbor_loss teaches a small network to rank 49 reference patches "
-        "as its teacher does. Each patch below is a slot of the relaxed sort: references mixed by "
-        "a column of P.", color=MUTED,
+        0.02, 0.955, "patch_neighbor_loss teaches a small network to rank 49 references as its "
+        "teacher does. Every patch on the right is one slot of the relaxed sort: the references, mixed by "
+        "a column of P.\nThe faded part of each photograph was trained on, the query was not. Rows of "
+        "P are in the teacher's order: its diagonal is agreement.", color=MUTED, va="top", linespacing=1.5,
     )  # fmt: skip
     grid = figure.add_gridspec(
         len(queries), 7, width_ratios=(2.2, 1.6, 0.5, 4.8, 1.6, 1.6, 1.6),
-        left=0.02, right=0.985, top=0.88, bottom=0.01, wspace=0.06, hspace=0.1,
+        left=0.02, right=0.985, top=0.865, bottom=0.01, wspace=0.06, hspace=0.1,
     )  # fmt: skip
     for row, (name, *place) in enumerate(queries):
         photo, strips, *matrices = (

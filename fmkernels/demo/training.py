@@ -1,7 +1,7 @@
 """A student network learns the teacher's order of neighbours from ``patch_neighbor_loss`` alone.
 
-The teacher is a fixed descriptor (colour, layout and edge directions of a patch). The student sees
-8 × 8 pixels and starts untrained. As in NeCo, both order the same references, which are teacher
+The teacher is a fixed descriptor (colour, layout and edge directions of a patch). The student is
+one convolution that starts untrained. As in NeCo, both order the same references, which are teacher
 features of the batch's own patches in a random order.
 """
 
@@ -23,7 +23,6 @@ REFERENCES = 49
 QUERIES = 200
 STEEPNESS = 100.0
 FEATURES = 20
-LARGEST_GAIN = 4.0
 
 
 def describe(patches: Tensor) -> Tensor:
@@ -43,12 +42,12 @@ def describe(patches: Tensor) -> Tensor:
 
 
 class Whitening:
-    """Centres features and evens out their directions, so that cosines spread over −1 … 1."""
+    """Centres features and evens out their directions half way, so that cosines spread."""
 
     def __init__(self, features: Tensor) -> None:
         self.centre = features.mean(dim=0)
         variance, directions = torch.linalg.eigh(torch.cov(features.T))
-        self.matrix = directions * variance.rsqrt().clamp_max(LARGEST_GAIN)
+        self.matrix = directions * variance.clamp_min(1e-4).pow(-0.25)
 
     def __call__(self, features: Tensor) -> Tensor:
         return (features - self.centre) @ self.matrix
@@ -76,13 +75,13 @@ class Experiment:
         self.references = self._references()
         self.test = torch.cat(held_out)[torch.randperm(sum(map(len, held_out)))[:QUERIES]]
         self.student = nn.Sequential(
-            nn.AdaptiveAvgPool2d(8),
-            nn.Flatten(),
-            nn.Linear(3 * 8 * 8, 256),
+            nn.Conv2d(3, 64, kernel_size=8, stride=4),
             nn.GELU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
             nn.Linear(256, FEATURES),
         )
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=2e-3)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=5e-3)
 
     def _references(self) -> Tensor:
         """As many training patches of every photograph, (REFERENCES, 3, PATCH, PATCH)."""
