@@ -48,7 +48,7 @@ format: $(VENV)/built ## rewrite Python into the house style
 	$(BIN)/ruff format .
 
 wheel: $(VENV)/built ## dist/fmkernels-*.whl
-	rm -rf dist
+	rm -rf dist build/lib* build/bdist*
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist
 

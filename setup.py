@@ -46,7 +46,7 @@ def why_pure_python():
     try:
         import torch  # noqa: F401
     except (ImportError, OSError):
-        return "torch was not importable at build time (install it first, then --no-build-isolation)"
+        return "torch did not import at build time (install it first, then --no-build-isolation)"
     return None
 
 

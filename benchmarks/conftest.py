@@ -54,7 +54,9 @@ def pytest_sessionfinish(session, exitstatus):
     path = RESULTS / f"sort-{slug}.json"
     saved = json.loads(path.read_text())["results"] if path.exists() else {}
     RESULTS.mkdir(exist_ok=True)
-    content = {"machine": facts, "results": dict(sorted((saved | COLLECTED).items()))}
+    for name, measured in COLLECTED.items():
+        saved[name] = saved.get(name, {}) | measured
+    content = {"machine": facts, "results": dict(sorted(saved.items()))}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)

@@ -45,12 +45,15 @@ def seconds(function: Callable[[], object], calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def warm_up(function: Callable[[], object], limit: int = 20) -> None:
+def warm_up(function: Callable[[], object], calls: int = 20, limit_s: float = 4.0) -> None:
     """Call until fresh memory is no longer touched: a first touch costs more than the work."""
-    for _ in range(limit):
+    start = time.perf_counter()
+    for _ in range(calls):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         function()
         if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 16:
+            return
+        if time.perf_counter() - start > limit_s:
             return
 
 

@@ -72,7 +72,10 @@ def _bands(
         )
         patch = figure.add_subplot(grid[row, 1])
         _photo(photo, experiment.photos[name], *place)
-        patch.imshow(_pixels(photographs.held_out(experiment.photos[name])[tuple(place)]), interpolation="bicubic")
+        patch.imshow(
+            _pixels(photographs.held_out(experiment.photos[name])[tuple(place)]),
+            interpolation="bicubic",
+        )
         _frame(patch, ACCENT)
         permutations = [order[row] for order in orders]
         _strips(strips, experiment.references, permutations)

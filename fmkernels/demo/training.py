@@ -1,7 +1,7 @@
 """A student network learns the teacher's order of neighbours from ``patch_neighbor_loss`` alone.
 
-The teacher is a fixed descriptor (colour, layout and edge directions of a patch). The student is
-one convolution that starts untrained. As in NeCo, both order the same references, which are teacher
+The teacher is a fixed descriptor (colour, layout and edge directions of a patch). The student sees
+8 × 8 pixels and starts untrained. As in NeCo, both order the same references, which are teacher
 features of the batch's own patches in a random order.
 """
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import fmkernels
 from fmkernels.demo import photographs
 
-BATCH = 8
+BATCH = 16
 REFERENCES = 49
 QUERIES = 200
 STEEPNESS = 100.0
@@ -38,7 +38,7 @@ def describe(patches: Tensor) -> Tensor:
     angle = (torch.atan2(dy, dx) - centres + math.pi / 2) % math.pi - math.pi / 2
     votes = torch.hypot(dx, dy) * (1 - angle.abs() * 8 / math.pi).clamp_min(0)
     edges = votes.mean(dim=(2, 3)).sqrt().T  # (M, 8)
-    return torch.cat([layout, 5 * edges], dim=1).unflatten(0, patches.shape[:-3])
+    return torch.cat([layout, 3 * edges], dim=1).unflatten(0, patches.shape[:-3])
 
 
 class Whitening:
@@ -47,7 +47,7 @@ class Whitening:
     def __init__(self, features: Tensor) -> None:
         self.centre = features.mean(dim=0)
         variance, directions = torch.linalg.eigh(torch.cov(features.T))
-        self.matrix = directions * variance.clamp_min(1e-4).pow(-0.25)
+        self.matrix = directions * variance.clamp_min(1e-4).pow(-0.2)
 
     def __call__(self, features: Tensor) -> Tensor:
         return (features - self.centre) @ self.matrix
@@ -67,21 +67,24 @@ class Evaluation:
 class Experiment:
     """Photographs, teacher, student and optimiser."""
 
-    def __init__(self, photos: dict[str, Tensor]) -> None:
+    def __init__(self, photos: dict[str, Tensor], steps: int) -> None:
         self.photos = photos
         held_out = [photographs.held_out(photo).flatten(0, 1) for photo in photos.values()]
-        seen = torch.cat([photographs.for_training(photo).flatten(0, 1) for photo in photos.values()])
+        seen = torch.cat(
+            [photographs.for_training(photo).flatten(0, 1) for photo in photos.values()]
+        )
         self.whiten = Whitening(describe(seen))
         self.references = self._references()
         self.test = torch.cat(held_out)[torch.randperm(sum(map(len, held_out)))[:QUERIES]]
         self.student = nn.Sequential(
-            nn.Conv2d(3, 64, kernel_size=8, stride=4),
-            nn.GELU(),
-            nn.AdaptiveAvgPool2d(2),
+            nn.AdaptiveAvgPool2d(8),
             nn.Flatten(),
+            nn.Linear(3 * 8 * 8, 256),
+            nn.GELU(),
             nn.Linear(256, FEATURES),
         )
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=5e-3)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=3e-3)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def _references(self) -> Tensor:
         """As many training patches of every photograph, (REFERENCES, 3, PATCH, PATCH)."""
@@ -107,6 +110,7 @@ class Experiment:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.schedule.step()
         return loss.item()
 
     @torch.no_grad()

@@ -1,0 +1,66 @@
+"""The op tests again on every other instruction set that runs here, and without the extension."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmkernels import _library
+
+ROOT = Path(__file__).parent.parent
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+# what could depend on the lane: numbers and memory, and in float32, where the kernels differ
+ON_KERNELS = "(parity and float32) or layout or bitwise or stays or precision or masked_row or ties"
+WITHOUT = f"({ON_KERNELS} or refus or torch_func or empty or same_constructor) and not parity"
+
+pytestmark = pytest.mark.lane
+
+
+def run(*arguments, **lane):
+    # PYTHONSAFEPATH: test what is installed, not what lies in the current directory
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONSAFEPATH": "1", **lane},
+        capture_output=True,
+        text=True,
+    )
+
+
+def passes(selection, **lane):
+    options = ("-q", "-m", "not lane and not gpu", "-p", "no:cacheprovider", "-k", selection)
+    result = run("-m", "pytest", *options, "tests/ops", "tests/api", **lane)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_instruction_set(isa):
+    if _library.native is None:
+        pytest.skip(f"no compiled kernels: {_library.native_error}")
+    if isa not in _library.native.cpu_isas():
+        pytest.skip(f"this CPU or build has no {isa}")
+    if isa == _library.native.cpu_isa():
+        pytest.skip(f"{isa} is what all the other tests run on")
+    show = "import fmkernels._library as library; print(library.native.cpu_isa())"
+    assert run("-c", show, FMKERNELS_CPU_ISA=isa).stdout.strip() == isa
+    passes(ON_KERNELS, FMKERNELS_CPU_ISA=isa)
+
+
+def test_without_the_extension():
+    show = "import fmkernels._library as library; print(library.native)"
+    assert run("-c", show, FMKERNELS_NO_EXTENSION="1").stdout.strip() == "None"
+    passes(WITHOUT, FMKERNELS_NO_EXTENSION="1")
+
+
+def test_an_instruction_set_that_cannot_run_is_refused():
+    if _library.native is None:
+        pytest.skip(f"no compiled kernels: {_library.native_error}")
+    result = run("-c", "import fmkernels", FMKERNELS_CPU_ISA="avx1024")
+    assert result.returncode != 0
+    choices = ", ".join(("auto", *_library.native.cpu_isas()))
+    assert (
+        f"FMKERNELS_CPU_ISA: expected one that runs on this machine ({choices}), got 'avx1024'"
+        in result.stderr
+    )
