@@ -68,13 +68,13 @@ def bootstrap(samples: list[float], repeats: int = 2000) -> tuple[float, float]:
 def compare(
     ours: Callable[[], object], peer: Callable[[], object], pairs: int | None = None
 ) -> Ratio:
-    """Time both in pairs A B B A …; a fast call is repeated until it takes about 2 ms."""
+    """Time both in pairs A B B A …; a fast call is repeated for about 20 ms."""
     warm_up(ours)
     warm_up(peer)
     durations = seconds(ours, 3), seconds(peer)
     if pairs is None:
         pairs = PAIRS if durations[1] < 0.1 else SLOW_PAIRS
-    calls = [max(1, min(2000, round(2e-3 / max(d, 1e-7)))) for d in durations]
+    calls = [max(1, min(2000, round(20e-3 / max(d, 1e-7)))) for d in durations]
     ours_s, peer_s = [], []
     for pair in range(pairs):
         order = (0, 1) if pair % 2 == 0 else (1, 0)

@@ -75,7 +75,7 @@ def section(content: dict[str, Any]) -> str:
         lines += ["", f"`neco-step` by instruction set: {shown}."]
     host = results.get("host-time")
     if host:
-        forward, both = (1 / host[key]["ratio"] for key in ("forward", "forward_backward"))
+        forward, both = (host[key]["ratio"] for key in ("forward", "forward_backward"))
         lines += [
             "",
             f"Host time of a 2 × 8 loss: forward {forward:.2g} × that of `F.softmax`, forward + "

@@ -6,10 +6,11 @@ import pkgutil
 import re
 from pathlib import Path
 
+import fmkernels.api
 import pytest
 
 import fmkernels
-import fmkernels.api
+import fmkernels.testing
 from fmkernels.ops.soft_sort.networks import sorts
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -28,7 +29,9 @@ def test_docstrings(name):
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
-@pytest.mark.parametrize("package", [fmkernels, fmkernels.api], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "package", [fmkernels, fmkernels.api, fmkernels.testing], ids=lambda p: p.__name__
+)
 def test_every_public_name_is_documented(package):
     pages = "\n".join(page.read_text() for page in DOCS.rglob("*.md"))
     for name in package.__all__:
@@ -44,6 +47,22 @@ def test_links_resolve():
         if not (page.parent / link).exists()
     ]
     assert missing == []
+
+
+def test_every_environment_variable_is_documented():
+    root = DOCS.parent
+    sources = [*root.glob("fmkernels/**/*.py"), *root.glob("csrc/cpu/*.cpp"), root / "setup.py"]
+    read = r"(?:environ(?:\.get)?[\[(]|getenv\()\s*\"(\w+)\""
+    used = {name for path in sources for name in re.findall(read, path.read_text())}
+    assert "FMKERNELS_BACKEND" in used
+    listed = set(re.findall(r"`([A-Z_]+)`", (DOCS / "environment.md").read_text()))
+    assert used == listed
+
+
+def test_every_page_is_reached_from_the_index():
+    index = (DOCS / "index.md").read_text()
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} - {"index.md"}
+    assert [page for page in sorted(pages) if f"]({page})" not in index] == []
 
 
 def test_the_sizes_that_bitonic_does_not_sort():

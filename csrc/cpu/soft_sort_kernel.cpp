@@ -177,7 +177,7 @@ void cross_entropy(const CrossEntropyForward<T>& args, int64_t first, int64_t la
     sort_group<V>(
         args.sort, args.sort.steepness, s.scores, s.student, with_grad ? s.slopes : nullptr);
     clear(s.grad_keep, plan.comparator_count);
-    V loss(0);
+    V loss(0), lost(0);
     for_rows(plan.size, [&](int32_t row, auto rows) {
       constexpr int R = decltype(rows)::value;
       sort_rows<R, false>(plan, row, V(T(1) / T(n)), s.teacher, s.teacher_rows, s.tape);
@@ -194,7 +194,10 @@ void cross_entropy(const CrossEntropyForward<T>& args, int64_t first, int64_t la
           row_loss += cross_entropy<V>(s.student_rows[j], s.teacher_rows[j], nullptr);
         }
       }
-      loss += row_loss;
+      const V addend = row_loss - lost;  // Kahan: n/2 partial sums would cost log n bits otherwise
+      const V sum = loss + addend;
+      lost = (sum - loss) - addend;
+      loss = sum;
     });
     V weight(args.scale);
     if (args.mask != nullptr) {

@@ -78,7 +78,8 @@ def machine() -> str:
     """The processor, instruction set and threads that the figures hold for."""
     native = _library.native
     kernels = f"{native.cpu_isa()} kernels" if native else "no compiled kernels (the reference)"
-    return f"{info.cpu_model()}, {kernels}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{info.cpu_model()}, {kernels}, {threads} threads, torch {torch.__version__}"
 
 
 def _train(experiment: training.Experiment, steps: int, console: Console) -> list[float]:

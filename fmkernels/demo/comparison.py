@@ -104,7 +104,7 @@ def compare() -> Comparison:
 
 
 def other_load() -> float:
-    """Programs that were running in the last minute, on average; 0 where the system does not say."""
+    """Programs that ran in the last minute, on average; 0 where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 

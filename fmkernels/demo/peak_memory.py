@@ -1,4 +1,4 @@
-"""``python peak_memory.py {fmkernels,diffsort}``: bytes by which one step raises the peak (Linux)."""
+"""``python peak_memory.py {fmkernels,diffsort}``: bytes by which a step raises the peak (Linux)."""
 
 import sys
 from pathlib import Path

@@ -18,7 +18,7 @@ GRID = 7
 
 def load() -> dict[str, Tensor]:
     """Name -> (3, height, width) in [0, 1]; only files inside the installed packages."""
-    images = {}
+    images: dict[str, np.ndarray] = {}
     if importlib.util.find_spec("sklearn") is not None:
         from sklearn.datasets import load_sample_image
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
@@ -19,7 +21,18 @@ NEAREST = 9
 GAP = 3
 INK, MUTED, ACCENT = "#1b1f24", "#6b7280", "#e4572e"
 LABELS = ("before", "after", "teacher")
-STYLE = {"font.size": 10, "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED}
+EXPLANATION = (
+    "patch_neighbor_loss teaches a small network to rank 49 references as its teacher does. Every "
+    "patch on the right is one slot of the relaxed sort: the references, mixed by a column of P.\n"
+    "The faded part of each photograph was trained on, the query was not. Rows of P are in the "
+    "teacher's order: its diagonal is agreement."
+)
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+}
 
 Query = tuple[str, int, int]
 """Photograph, row and column among its held-out patches."""
@@ -42,26 +55,22 @@ def draw(
         orders: permutation matrices before, after and of the teacher, (queries, 49, 49) each.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(14, 1.75 * len(queries) + 3.4), facecolor="white", layout="none")
-        top, foot = figure.subfigures(2, 1, height_ratios=(1.75 * len(queries) + 1.0, 2.4))
+        figure = Figure(figsize=(14, 1.75 * len(queries) + 3.4), facecolor="white")
+        parts = figure.add_gridspec(2, 1, height_ratios=(1.75 * len(queries) + 1.0, 2.4))
+        top, foot = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
         _bands(top, experiment, queries, orders)
         _foot(foot, experiment, evaluations, losses)
     return figure
 
 
 def _bands(
-    figure: Figure,
+    figure: FigureBase,
     experiment: Experiment,
     queries: Sequence[Query],
     orders: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     figure.text(0.02, 0.97, "Learning an order of neighbours", fontsize=17, weight="bold")
-    figure.text(
-        0.02, 0.955, "patch_neighbor_loss teaches a small network to rank 49 references as its "
-        "teacher does. Every patch on the right is one slot of the relaxed sort: the references, mixed by "
-        "a column of P.\nThe faded part of each photograph was trained on, the query was not. Rows of "
-        "P are in the teacher's order: its diagonal is agreement.", color=MUTED, va="top", linespacing=1.5,
-    )  # fmt: skip
+    figure.text(0.02, 0.955, EXPLANATION, color=MUTED, va="top", linespacing=1.5)
     grid = figure.add_gridspec(
         len(queries), 7, width_ratios=(2.2, 1.6, 0.5, 4.8, 1.6, 1.6, 1.6),
         left=0.02, right=0.985, top=0.865, bottom=0.01, wspace=0.06, hspace=0.1,
@@ -88,9 +97,9 @@ def _bands(
                 axis.set_title(f"P {label}", fontsize=10)
 
 
-def _pixels(patch: Tensor) -> Tensor:
+def _pixels(patch: Tensor) -> np.ndarray:
     """(3, height, width) -> (height, width, 3), as matplotlib wants it."""
-    return patch.permute(1, 2, 0).clamp(0, 1)
+    return patch.permute(1, 2, 0).clamp(0, 1).numpy()
 
 
 def _frame(axis: Axes, colour: str = "white", width: float = 2.0) -> None:
@@ -133,12 +142,12 @@ def _matrix(axis: Axes, permutation: Tensor, teacher: Tensor) -> None:
     """P with its rows in the teacher's order: the diagonal is agreement."""
     slots = torch.arange(len(teacher), dtype=teacher.dtype)
     order = (teacher @ slots).argsort(descending=True)
-    axis.imshow(permutation[order].flip(1), cmap="magma_r", norm=PowerNorm(0.5, 0, 1))
+    axis.imshow(permutation[order].flip(1).numpy(), cmap="magma_r", norm=PowerNorm(0.5, 0, 1))
     _frame(axis, "#d5d8dc", 0.8)
 
 
 def _foot(
-    figure: Figure,
+    figure: FigureBase,
     experiment: Experiment,
     evaluations: tuple[Evaluation, Evaluation],
     losses: Sequence[float],
@@ -146,7 +155,7 @@ def _foot(
     grid = figure.add_gridspec(
         1, 3, width_ratios=(1, 2.6, 1.7), left=0.02, right=0.985, top=0.83, bottom=0.2, wspace=0.2
     )
-    references, curve, words = (figure.add_subplot(cell) for cell in grid)
+    references, curve, words = (figure.add_subplot(grid[0, column]) for column in range(3))
     size, n = photographs.PATCH, photographs.GRID
     mosaic = torch.ones(3, n * (size + GAP) - GAP, n * (size + GAP) - GAP)
     for index, patch in enumerate(experiment.references):

@@ -105,7 +105,7 @@ def soft_swap(
 
 def mix(state: Tensor, layer: Swap) -> Tensor:
     """One layer applied to ``state`` (rows, …, n): values, rows of X, or a gradient."""
-    shape = (len(state), *(1,) * (state.ndim - 2), -1)
+    shape = (len(state), *(1,) * (state.ndim - 2), layer.keep.shape[-1])
     keep, swap = layer.keep.view(shape), layer.swap.view(shape)
     lo, hi = state[..., layer.lo], state[..., layer.hi]
     mixed = state.clone()

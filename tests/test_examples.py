@@ -1,0 +1,35 @@
+"""The examples run, are short, and reach what they promise."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_is_short_and_tested(path):
+    assert len(path.read_text().splitlines()) < 80
+    assert f'load("{path.stem}")' in Path(__file__).read_text()
+
+
+def test_neco_loss(capsys):
+    assert load("neco_loss").main(steps=20) < 3.8
+    assert "loss" in capsys.readouterr().out
+
+
+def test_diffsort_dropin():
+    assert load("diffsort_dropin").main() < 1e-9
+
+
+def test_learn_to_sort():
+    pytest.importorskip("sklearn")
+    assert load("learn_to_sort").main(steps=100) > 0.8
