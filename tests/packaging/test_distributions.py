@@ -11,7 +11,21 @@ import pytest
 
 SOURCE_FOLDERS = ("csrc", "fmkernels", "python_api", "tests", "benchmarks", "examples", "docs")
 SOURCE_SUFFIXES = {".cpp", ".cu", ".h", ".ini", ".json", ".md", ".png", ".py", ".typed"}
-TOP_LEVEL = ["setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "requirements-dev.txt", ".ci/run", "README.md", "LICENSE", "NOTICE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+TOP_LEVEL = [
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "Makefile",
+    "requirements-dev.txt",
+    ".ci/run",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+    "CITATION.cff",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+]
 
 EVERYTHING = """
 import json, sys
