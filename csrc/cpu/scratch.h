@@ -25,10 +25,7 @@ class ThreadScratch {
     poison(memory_, bytes);
   }
 
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(memory_);
-  }
+  void* memory() const { return memory_; }
 
  private:
   static constexpr size_t kept_bytes = size_t{1} << 20;  // n = 49 on AVX-512 takes 0.3 MB

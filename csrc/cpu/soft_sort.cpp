@@ -19,8 +19,7 @@ std::tuple<Tensor, Tensor> forward(
   const SoftSortForward<T> args{
       soft_sort_args<T>(scores, steepness, network, distribution, art_lambda), data_of<T>(values),
       data_of<T>(permutation)};
-  const auto& kernels = soft_sort_kernels<T>();
-  for_query_groups(kernels.forward, args, args.sort.plan, args.sort.queries, kernels.lanes);
+  for_query_groups(&SoftSortKernels<T>::forward, args, args.sort);
   return {values, permutation};
 }
 
@@ -34,8 +33,7 @@ Tensor backward(
       soft_sort_args<T>(scores, steepness, network, distribution, art_lambda),
       grad_values ? data_of<const T>(*grad_values) : nullptr,
       grad_permutation ? data_of<const T>(*grad_permutation) : nullptr, data_of<T>(grad_scores)};
-  const auto& kernels = soft_sort_kernels<T>();
-  for_query_groups(kernels.backward, args, args.sort.plan, args.sort.queries, kernels.lanes);
+  for_query_groups(&SoftSortKernels<T>::backward, args, args.sort);
   return grad_scores;
 }
 

@@ -44,9 +44,4 @@ Distribution parse_distribution(const std::string& name) {
   throw std::runtime_error("soft_sort: distribution: unknown name '" + name + "'");
 }
 
-// The arrays of Scratch in soft_sort_kernel.cpp.
-size_t scratch_values(const SortingPlan& plan) {
-  return 6 * static_cast<size_t>(plan.size) + 9 * static_cast<size_t>(plan.comparator_count);
-}
-
 }  // namespace fmkernels

@@ -49,21 +49,22 @@ inline void check_count(const char* argument, const Tensor& tensor, int64_t expe
       " elements, got ", tensor.numel());
 }
 
-// Runs kernel(args, first group, last group, scratch) over all groups of `lanes` queries.
+// Runs one of the kernels over all groups of queries.
 template <class T, class Args>
 void for_query_groups(
-    void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& args, const SortingPlan& plan,
-    int64_t queries, int lanes) {
-  const int64_t groups = (queries + lanes - 1) / lanes;
+    void (*SoftSortKernels<T>::*kernel)(const Args&, int64_t, int64_t, void*), const Args& args,
+    const SoftSortArgs<T>& sort) {
+  const SoftSortKernels<T>& kernels = soft_sort_kernels<T>();
+  const int64_t groups = (sort.queries + kernels.lanes - 1) / kernels.lanes;
   if (groups == 0) return;
-  const size_t bytes = scratch_values(plan) * static_cast<size_t>(lanes) * sizeof(T);
+  const size_t bytes = kernels.scratch_bytes(sort.plan);
   const auto run = [&](int64_t first, int64_t last) {
-    kernel(args, first, last, ThreadScratch(bytes).as<T>());
+    (kernels.*kernel)(args, first, last, ThreadScratch(bytes).memory());
   };
   if (groups == 1) return run(0, 1);
   // a group of small n takes less time than waking a thread does: about 10 ns per comparator and
   // pair of rows, against some 20 µs
-  const int64_t work = int64_t{plan.comparator_count} * plan.size / 2 + 1;
+  const int64_t work = int64_t{sort.plan.comparator_count} * sort.plan.size / 2 + 1;
   torch::stable::parallel_for(0, groups, 1 + 4000 / work, run);
 }
 

@@ -40,8 +40,7 @@ std::tuple<Tensor, Tensor> cross_entropy(
       sort, data_of<const T>(teacher), static_cast<T>(teacher_steepness), mask,
       static_cast<T>(reduction_scale(mask, sort.queries, reduction == "mean")), losses,
       compute_grad ? data_of<T>(grad_student) : nullptr};
-  const auto& kernels = soft_sort_kernels<T>();
-  for_query_groups(kernels.cross_entropy, args, sort.plan, sort.queries, kernels.lanes);
+  for_query_groups(&SoftSortKernels<T>::cross_entropy, args, args.sort);
 
   if (reduce) {  // in a fixed order, whatever the number of threads
     double sum = 0;

@@ -1,5 +1,5 @@
 // The CPU loops over queries, compiled once per instruction set: a group of queries fills the lanes
-// of a register, and everything a group needs stays in the thread's caches (about 140 KB at n = 49
+// of a register, and everything a group needs stays in the thread's caches (about 180 KB at n = 49
 // with eight lanes).
 #include "soft_sort_kernel.h"
 
@@ -19,18 +19,23 @@ constexpr int register_bytes = 16;
 template <class T>
 using Register = Vec<T, register_bytes / sizeof(T)>;
 
-// The scratch of one group, cut into arrays of registers.
+// The working memory of one group of queries, cut into arrays of registers.
 template <class V>
 struct Scratch {
-  V *scores, *grad;                     // (n)
-  V *student_rows, *teacher_rows;       // (n, 2)
-  Weights<V> *student, *teacher;        // (comparators)
-  Slope<V>* slopes;                     // (comparators)
-  V *grad_keep, *tape;                  // (comparators), (comparators, 2)
+  V *scores, *grad;                // (n)
+  V *student_rows, *teacher_rows;  // (n, rows)
+  Weights<V> *student, *teacher;   // (comparators)
+  Slope<V>* slopes;                // (comparators)
+  V *grad_keep, *tape;             // (comparators), (comparators, rows)
 
-  Scratch(const SortingPlan& plan, typename Lanes<V>::Scalar* memory) {
+  static size_t bytes(const SortingPlan& plan) {
+    const size_t n = plan.size, c = plan.comparator_count;
+    return sizeof(V) * ((2 + 2 * max_group_rows) * n + (7 + max_group_rows) * c);
+  }
+
+  Scratch(const SortingPlan& plan, void* memory) {
     const int64_t n = plan.size, c = plan.comparator_count;
-    V* next = reinterpret_cast<V*>(memory);
+    V* next = static_cast<V*>(memory);
     const auto take = [&next](int64_t count) {
       V* taken = next;
       next += count;
@@ -38,42 +43,70 @@ struct Scratch {
     };
     scores = take(n);
     grad = take(n);
-    student_rows = take(2 * n);
-    teacher_rows = take(2 * n);
+    student_rows = take(max_group_rows * n);
+    teacher_rows = take(max_group_rows * n);
     student = reinterpret_cast<Weights<V>*>(take(2 * c));
     teacher = reinterpret_cast<Weights<V>*>(take(2 * c));
     slopes = reinterpret_cast<Slope<V>*>(take(2 * c));
     grad_keep = take(c);
-    tape = take(2 * c);
+    tape = take(max_group_rows * c);
   }
 };
 
-// Memory (lanes, …) with `stride` numbers between queries <-> registers with a query per lane.
-// Lanes past the last query repeat it, and are not stored.
+// Memory (lanes, …) with `stride` numbers between queries <-> registers with a query per lane and
+// `step` registers between elements. Lanes past the last query repeat it, and are not stored.
 template <class V>
 struct Group {
   using T = typename Lanes<V>::Scalar;
+  static constexpr int lanes = Lanes<V>::count;
   int64_t first;
   int count;
 
-  Group(int64_t index, int64_t queries) : first(index * Lanes<V>::count) {
+  Group(int64_t index, int64_t queries) : first(index * lanes) {
     const int64_t left = queries - first;
-    count = left < Lanes<V>::count ? static_cast<int>(left) : Lanes<V>::count;
+    count = left < lanes ? static_cast<int>(left) : lanes;
+  }
+
+  const T* row(const T* memory, int64_t stride, int lane) const {
+    return memory + (first + (lane < count ? lane : count - 1)) * stride;
   }
 
   void load(const T* source, int64_t stride, int64_t length, int64_t step, V* target) const {
-    T* lanes = reinterpret_cast<T*>(target);
-    for (int lane = 0; lane < Lanes<V>::count; ++lane) {
-      const T* row = source + (first + (lane < count ? lane : count - 1)) * stride;
-      for (int64_t j = 0; j < length; ++j) lanes[j * step * Lanes<V>::count + lane] = row[j];
+    int64_t done = 0;
+    if constexpr (lanes > 1) {
+      for (; done + lanes <= length; done += lanes) {
+        V block[lanes];
+        for (int k = 0; k < lanes; ++k) {
+          block[k] = fmkernels::FMKERNELS_ISA::load<V>(row(source, stride, k) + done);
+        }
+        transpose(block);
+        for (int k = 0; k < lanes; ++k) target[(done + k) * step] = block[k];
+      }
+    }
+    T* elements = reinterpret_cast<T*>(target);
+    for (; done < length; ++done) {
+      for (int k = 0; k < lanes; ++k) {
+        elements[done * step * lanes + k] = row(source, stride, k)[done];
+      }
     }
   }
 
   void store(const V* source, int64_t step, int64_t length, T* target, int64_t stride) const {
-    const T* lanes = reinterpret_cast<const T*>(source);
-    for (int lane = 0; lane < count; ++lane) {
-      T* row = target + (first + lane) * stride;
-      for (int64_t j = 0; j < length; ++j) row[j] = lanes[j * step * Lanes<V>::count + lane];
+    T* rows = target + first * stride;
+    int64_t done = 0;
+    if constexpr (lanes > 1) {
+      for (; done + lanes <= length; done += lanes) {
+        V block[lanes];
+        for (int k = 0; k < lanes; ++k) block[k] = source[(done + k) * step];
+        transpose(block);
+        for (int k = 0; k < count; ++k) {
+          fmkernels::FMKERNELS_ISA::store(block[k], rows + k * stride + done);
+        }
+      }
+    }
+    const T* elements = reinterpret_cast<const T*>(source);
+    for (; done < length; ++done) {
+      for (int k = 0; k < count; ++k) rows[k * stride + done] = elements[done * step * lanes + k];
     }
   }
 };
@@ -106,15 +139,19 @@ struct RowCount {
   static constexpr int value = R;
 };
 
-// Calls body(first row, RowCount<R>) for all rows of X, two at a time.
+// Calls body(index, RowCount<R>) for all groups of rows of X.
 template <class Body>
-FMKERNELS_INLINE void for_rows(int32_t n, Body body) {
-  for (int32_t row = 0; row + 1 < n; row += 2) body(row, RowCount<2>{});
-  if (n % 2 == 1) body(n - 1, RowCount<1>{});
+FMKERNELS_INLINE void for_row_groups(const SortingPlan& plan, Body body) {
+  for (int32_t group = 0; group < plan.group_count; ++group) {
+    const int32_t count = plan.groups[group].count;
+    if (count == 1) body(group, RowCount<1>{});
+    if (count == 2) body(group, RowCount<2>{});
+    if (count == 4) body(group, RowCount<4>{});
+  }
 }
 
 template <class V, class T>
-void forward(const SoftSortForward<T>& args, int64_t first, int64_t last, T* memory) {
+void forward(const SoftSortForward<T>& args, int64_t first, int64_t last, void* memory) {
   const SortingPlan& plan = args.sort.plan;
   const int64_t n = plan.size;
   const Scratch<V> s(plan, memory);
@@ -123,9 +160,10 @@ void forward(const SoftSortForward<T>& args, int64_t first, int64_t last, T* mem
     group.load(args.sort.scores, n, n, 1, s.scores);
     sort_group<V>(args.sort, args.sort.steepness, s.scores, s.student, nullptr);
     group.store(s.scores, 1, n, args.values, n);
-    for_rows(plan.size, [&](int32_t row, auto rows) {
+    for_row_groups(plan, [&](int32_t row_group, auto rows) {
       constexpr int R = decltype(rows)::value;
-      sort_rows<R, false>(plan, row, V(1), s.student, s.student_rows, s.tape);
+      sort_rows<R, false>(plan, row_group, V(1), s.student, s.student_rows, s.tape);
+      const int64_t row = plan.groups[row_group].first;
       for (int r = 0; r < R; ++r) {
         group.store(s.student_rows + r, R, n, args.permutation + (row + r) * n, n * n);
       }
@@ -134,7 +172,7 @@ void forward(const SoftSortForward<T>& args, int64_t first, int64_t last, T* mem
 }
 
 template <class V, class T>
-void backward(const SoftSortBackward<T>& args, int64_t first, int64_t last, T* memory) {
+void backward(const SoftSortBackward<T>& args, int64_t first, int64_t last, void* memory) {
   const SortingPlan& plan = args.sort.plan;
   const int64_t n = plan.size;
   const Scratch<V> s(plan, memory);
@@ -144,13 +182,14 @@ void backward(const SoftSortBackward<T>& args, int64_t first, int64_t last, T* m
     sort_group<V>(args.sort, args.sort.steepness, s.scores, s.student, s.slopes);
     clear(s.grad_keep, plan.comparator_count);
     if (args.grad_permutation != nullptr) {
-      for_rows(plan.size, [&](int32_t row, auto rows) {
+      for_row_groups(plan, [&](int32_t row_group, auto rows) {
         constexpr int R = decltype(rows)::value;
-        sort_rows<R, true>(plan, row, V(1), s.student, s.student_rows, s.tape);
+        sort_rows<R, true>(plan, row_group, V(1), s.student, s.student_rows, s.tape);
+        const int64_t row = plan.groups[row_group].first;
         for (int r = 0; r < R; ++r) {
           group.load(args.grad_permutation + (row + r) * n, n * n, n, R, s.student_rows + r);
         }
-        sort_rows_backward<R>(plan, row, s.student, s.tape, s.student_rows, s.grad_keep);
+        sort_rows_backward<R>(plan, row_group, s.student, s.tape, s.student_rows, s.grad_keep);
       });
     }
     if (args.grad_values != nullptr) {
@@ -164,7 +203,7 @@ void backward(const SoftSortBackward<T>& args, int64_t first, int64_t last, T* m
 }
 
 template <class V, class T>
-void cross_entropy(const CrossEntropyForward<T>& args, int64_t first, int64_t last, T* memory) {
+void cross_entropy(const CrossEntropyForward<T>& args, int64_t first, int64_t last, void* memory) {
   const SortingPlan& plan = args.sort.plan;
   const int64_t n = plan.size;
   const Scratch<V> s(plan, memory);
@@ -178,26 +217,28 @@ void cross_entropy(const CrossEntropyForward<T>& args, int64_t first, int64_t la
         args.sort, args.sort.steepness, s.scores, s.student, with_grad ? s.slopes : nullptr);
     clear(s.grad_keep, plan.comparator_count);
     V loss(0), lost(0);
-    for_rows(plan.size, [&](int32_t row, auto rows) {
+    for_row_groups(plan, [&](int32_t row_group, auto rows) {
       constexpr int R = decltype(rows)::value;
-      sort_rows<R, false>(plan, row, V(T(1) / T(n)), s.teacher, s.teacher_rows, s.tape);
-      V row_loss(0);
+      sort_rows<R, false>(plan, row_group, V(T(1) / T(n)), s.teacher, s.teacher_rows, s.tape);
+      V row_loss[R] = {};
       if (with_grad) {
-        sort_rows<R, true>(plan, row, V(1), s.student, s.student_rows, s.tape);
-        for (int64_t j = 0; j < n * R; ++j) {
-          row_loss += cross_entropy(s.student_rows[j], s.teacher_rows[j], &s.student_rows[j]);
+        sort_rows<R, true>(plan, row_group, V(1), s.student, s.student_rows, s.tape);
+        for (V *p = s.student_rows, *q = s.teacher_rows; p < s.student_rows + n * R; p += R, q += R) {
+          for (int r = 0; r < R; ++r) row_loss[r] += cross_entropy(p[r], q[r], &p[r]);
         }
-        sort_rows_backward<R>(plan, row, s.student, s.tape, s.student_rows, s.grad_keep);
+        sort_rows_backward<R>(plan, row_group, s.student, s.tape, s.student_rows, s.grad_keep);
       } else {
-        sort_rows<R, false>(plan, row, V(1), s.student, s.student_rows, s.tape);
-        for (int64_t j = 0; j < n * R; ++j) {
-          row_loss += cross_entropy<V>(s.student_rows[j], s.teacher_rows[j], nullptr);
+        sort_rows<R, false>(plan, row_group, V(1), s.student, s.student_rows, s.tape);
+        for (V *p = s.student_rows, *q = s.teacher_rows; p < s.student_rows + n * R; p += R, q += R) {
+          for (int r = 0; r < R; ++r) row_loss[r] += cross_entropy<V>(p[r], q[r], nullptr);
         }
       }
-      const V addend = row_loss - lost;  // Kahan: n/2 partial sums would cost log n bits otherwise
-      const V sum = loss + addend;
-      lost = (sum - loss) - addend;
-      loss = sum;
+      for (int r = 0; r < R; ++r) {  // Kahan: n partial sums would cost log n bits otherwise
+        const V addend = row_loss[r] - lost;
+        const V sum = loss + addend;
+        lost = (sum - loss) - addend;
+        loss = sum;
+      }
     });
     V weight(args.scale);
     if (args.mask != nullptr) {
@@ -216,13 +257,13 @@ void cross_entropy(const CrossEntropyForward<T>& args, int64_t first, int64_t la
   }
 }
 
+template <class V>
+constexpr SoftSortKernels<typename Lanes<V>::Scalar> soft_sort_kernels{
+    Lanes<V>::count, Scratch<V>::bytes, forward<V>, backward<V>, cross_entropy<V>};
+
 }  // namespace
 
-extern const SoftSortKernels<float> soft_sort_f32{
-    Lanes<Register<float>>::count, forward<Register<float>>, backward<Register<float>>,
-    cross_entropy<Register<float>>};
-extern const SoftSortKernels<double> soft_sort_f64{
-    Lanes<Register<double>>::count, forward<Register<double>>, backward<Register<double>>,
-    cross_entropy<Register<double>>};
+extern const SoftSortKernels<float> soft_sort_f32 = soft_sort_kernels<Register<float>>;
+extern const SoftSortKernels<double> soft_sort_f64 = soft_sort_kernels<Register<double>>;
 
 FMKERNELS_NAMESPACE_END

@@ -44,17 +44,16 @@ struct CrossEntropyForward {
   T* grad_student;       // (queries, n) or null
 };
 
-// Each function works on groups [first, last) of `lanes` queries; the scratch holds
-// scratch_values(plan) · lanes numbers, aligned to 64 bytes.
+// Each kernel works on groups [first, last) of `lanes` queries; the scratch has scratch_bytes(plan),
+// aligned to 64.
 template <class T>
 struct SoftSortKernels {
   int lanes;
-  void (*forward)(const SoftSortForward<T>&, int64_t first, int64_t last, T* scratch);
-  void (*backward)(const SoftSortBackward<T>&, int64_t first, int64_t last, T* scratch);
-  void (*cross_entropy)(const CrossEntropyForward<T>&, int64_t first, int64_t last, T* scratch);
+  size_t (*scratch_bytes)(const SortingPlan&);
+  void (*forward)(const SoftSortForward<T>&, int64_t first, int64_t last, void* scratch);
+  void (*backward)(const SoftSortBackward<T>&, int64_t first, int64_t last, void* scratch);
+  void (*cross_entropy)(const CrossEntropyForward<T>&, int64_t first, int64_t last, void* scratch);
 };
-
-size_t scratch_values(const SortingPlan& plan);
 
 #define FMKERNELS_DECLARE(isa)                          \
   namespace isa {                                       \

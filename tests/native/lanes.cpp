@@ -44,7 +44,7 @@ constexpr Numerics<typename Lanes<V>::Scalar> numerics{
     elementwise<V, exp<V>>,
     elementwise<V, cauchy_tail<V>>,
     elementwise<V, erfc<V>>,
-    {Lanes<V>::count, forward<V>, backward<V>, cross_entropy<V>}};
+    soft_sort_kernels<V>};
 
 }  // namespace
 

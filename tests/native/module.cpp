@@ -59,13 +59,14 @@ struct Free {
 // Runs kernel(args, …) over all groups with poisoned scratch of exactly the size that it asks for.
 template <class T, class Args>
 void run(
-    void (*kernel)(const Args&, int64_t, int64_t, T*), const Args& args, const SortingPlan& plan,
-    int64_t queries, int lanes) {
-  const size_t count = (6 * size_t(plan.size) + 9 * size_t(plan.comparator_count)) * lanes;
-  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-  std::unique_ptr<T, Free> scratch(static_cast<T*>(std::aligned_alloc(64, bytes)));
-  std::fill_n(scratch.get(), count, std::numeric_limits<T>::quiet_NaN());
-  kernel(args, 0, (queries + lanes - 1) / lanes, scratch.get());
+    const SoftSortKernels<T>& kernels,
+    void (*SoftSortKernels<T>::*kernel)(const Args&, int64_t, int64_t, void*), const Args& args,
+    const SoftSortArgs<T>& sort) {
+  const size_t bytes = kernels.scratch_bytes(sort.plan);
+  std::unique_ptr<T, Free> scratch(
+      static_cast<T*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  std::fill_n(scratch.get(), bytes / sizeof(T), std::numeric_limits<T>::quiet_NaN());
+  (kernels.*kernel)(args, 0, (sort.queries + kernels.lanes - 1) / kernels.lanes, scratch.get());
 }
 
 template <class T>
@@ -92,7 +93,7 @@ py::tuple soft_sort(
   Array<T> values = poisoned<T>({queries, n}), permutation = poisoned<T>({queries, n, n});
   const auto& kernels = numerics<T>(register_bytes).soft_sort;
   const SoftSortForward<T> args{problem.args, values.mutable_data(), permutation.mutable_data()};
-  run(kernels.forward, args, problem.plan, queries, kernels.lanes);
+  run(kernels, &SoftSortKernels<T>::forward, args, problem.args);
   return py::make_tuple(values, permutation);
 }
 
@@ -107,7 +108,7 @@ Array<T> soft_sort_backward(
   const auto& kernels = numerics<T>(register_bytes).soft_sort;
   const SoftSortBackward<T> args{
       problem.args, grad_values.data(), grad_permutation.data(), grad.mutable_data()};
-  run(kernels.backward, args, problem.plan, queries, kernels.lanes);
+  run(kernels, &SoftSortKernels<T>::backward, args, problem.args);
   return grad;
 }
 
@@ -123,7 +124,7 @@ py::tuple cross_entropy(
   const CrossEntropyForward<T> args{
       problem.args, teacher.data(),        T(steepness),       mask.data(),
       T(1),         losses.mutable_data(), grad.mutable_data()};
-  run(kernels.cross_entropy, args, problem.plan, queries, kernels.lanes);
+  run(kernels, &SoftSortKernels<T>::cross_entropy, args, problem.args);
   return py::make_tuple(losses, grad);
 }
 

@@ -115,13 +115,22 @@ class SortingNetwork {
       add_two_layers(first, first + count, first + count + next);
       first += count + next;
     }
+    group_rows(network == "bitonic" ? (1 << merge_depth(n)) - n : 0);
     find_active();
   }
 
   SortingPlan plan() const {
-    return {size_,          static_cast<int32_t>(comparators_.size()),
-            static_cast<int32_t>(segments_.size()),
-            comparators_.data(), quads_.data(), pairs_.data(), segments_.data(), active_.data()};
+    return {
+        size_,
+        static_cast<int32_t>(comparators_.size()),
+        static_cast<int32_t>(segments_.size()),
+        static_cast<int32_t>(groups_.size()),
+        comparators_.data(),
+        quads_.data(),
+        pairs_.data(),
+        segments_.data(),
+        groups_.data(),
+        active_.data()};
   }
 
  private:
@@ -169,16 +178,23 @@ class SortingNetwork {
     if (segment.count > 0) segments_.push_back(segment);
   }
 
-  // Follows which wires a pair of rows has reached, segment by segment.
+  // Rows of one group should spread alike: no group crosses the border of a block of its size, and
+  // with `missing` wires below wire 0 the blocks begin at odd places.
+  void group_rows(int32_t missing) {
+    for (int32_t row = 0; row < size_; row += groups_.back().count) {
+      int32_t count = max_group_rows;
+      while (row + count > size_ || (row + missing) % count != 0) count /= 2;
+      groups_.push_back({row, count});
+    }
+  }
+
+  // Follows which wires the rows of a group have reached, segment by segment.
   void find_active() {
-    const int32_t row_pairs = (size_ + 1) / 2, segments = static_cast<int32_t>(segments_.size());
-    active_.resize(static_cast<size_t>(row_pairs) * segments);
-    for (int32_t row = 0; row < row_pairs; ++row) {
+    active_.reserve(groups_.size() * segments_.size());
+    for (const RowGroup& group : groups_) {
       std::vector<bool> reached(size_, false);
-      reached[2 * row] = true;
-      if (2 * row + 1 < size_) reached[2 * row + 1] = true;
-      for (int32_t s = 0; s < segments; ++s) {
-        const Segment& segment = segments_[s];
+      std::fill_n(reached.begin() + group.first, group.count, true);
+      for (const Segment& segment : segments_) {
         Range range{segment.first, segment.first};
         for (int32_t index = segment.first; index < segment.first + segment.count; ++index) {
           const int32_t* wires =
@@ -190,7 +206,7 @@ class SortingNetwork {
           if (range.first == range.last) range.first = index;
           range.last = index + 1;
         }
-        active_[static_cast<size_t>(row) * segments + s] = range;
+        active_.push_back(range);
       }
     }
   }
@@ -201,6 +217,7 @@ class SortingNetwork {
   std::vector<Quad> quads_;
   std::vector<Pair> pairs_;
   std::vector<Segment> segments_;
+  std::vector<RowGroup> groups_;
   std::vector<Range> active_;
 };
 

@@ -1,11 +1,13 @@
 // The value types that the numerics are templates over: a scalar, or a register of W lanes.
 //
-// Each lane is an independent problem (another query), so the templates contain no shuffle and no
-// reduction over lanes, and a lane's result does not depend on its neighbours.
+// Each lane is an independent problem (another query), so no numerics shuffle or reduce over lanes,
+// and a lane's result does not depend on its neighbours; `transpose` is for getting in and out.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "fmkernels/config.h"
 
@@ -120,6 +122,51 @@ struct Lanes<Vec<T, W>> {
   using Scalar = T;
   static constexpr int count = W;
 };
+
+// Unaligned memory.
+template <class V>
+FMKERNELS_INLINE V load(const typename Lanes<V>::Scalar* memory) {
+  V value;
+  memcpy(&value, memory, sizeof value);
+  return value;
+}
+template <class V>
+FMKERNELS_INLINE void store(V value, typename Lanes<V>::Scalar* memory) {
+  memcpy(memory, &value, sizeof value);
+}
+
+// Lanes of a and b chosen by constant indices; those of b count on from W.
+template <int... lane, class T, int W>
+FMKERNELS_INLINE Vec<T, W> shuffle(Vec<T, W> a, Vec<T, W> b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a.native, b.native, lane...);
+#else
+  return __builtin_shuffle(a.native, b.native, typename Native<T, W>::Ints{lane...});
+#endif
+}
+
+// Exchanges the lanes of a that have bit `distance` in their number with those of b that have not.
+template <int distance, class T, int W, size_t... lane>
+FMKERNELS_INLINE void exchange(Vec<T, W>& a, Vec<T, W>& b, std::index_sequence<lane...>) {
+  const Vec<T, W> low = shuffle<(lane & distance ? W + lane - distance : lane)...>(a, b);
+  b = shuffle<(lane & distance ? W + lane : lane + distance)...>(a, b);
+  a = low;
+}
+
+// The W × W matrix whose rows are W registers: blocks of half the size change places, then blocks
+// inside of them.
+template <int distance, class T, int W>
+FMKERNELS_INLINE void transpose(Vec<T, W> (&rows)[W]) {
+  for (int row = 0; row < W; ++row) {
+    if (row & distance) continue;
+    exchange<distance>(rows[row], rows[row + distance], std::make_index_sequence<W>{});
+  }
+  if constexpr (distance > 1) transpose<distance / 2>(rows);
+}
+template <class T, int W>
+FMKERNELS_INLINE void transpose(Vec<T, W> (&rows)[W]) {
+  transpose<W / 2>(rows);
+}
 
 #endif  // __CUDACC__
 

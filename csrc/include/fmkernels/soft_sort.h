@@ -2,8 +2,8 @@
 // formulas are derived, as templates over a value type V (one query per lane).
 //
 // Rows of the permutation matrix X are independent chains once the weights of the comparators are
-// known, so a kernel takes them R at a time (R = 1 or 2: two share the loads of the weights), all
-// layers first to last and back; the matrix never exists.
+// known, so a kernel takes a group of R of them at a time (R = 1, 2 or 4), all layers first to last
+// and back; the matrix never exists.
 #pragma once
 
 #include "fmkernels/math.h"
@@ -109,120 +109,137 @@ FMKERNELS_INLINE void sort_values_backward(
   }
 }
 
-// Two layers of a quad, R rows at once. The weights stay in registers for all R, and so do the 4R
-// states: that is what R = 2 is for.
-template <int R, class V>
-FMKERNELS_INLINE void load_quad(const Quad& quad, const V* state, V (&x)[4][R]) {
+// The rows of a group that are in registers at the same time: a quad of two has 8 states, and 16
+// registers hold no more beside its weights.
+template <int R>
+constexpr int rows_at_once = R < 2 ? R : 2;
+
+// The four wires of a quad. memory is (n, R) from the first of K rows on.
+template <int R, int K, class V>
+FMKERNELS_INLINE void load_quad(const Quad& quad, const V* memory, V (&x)[4][K]) {
   for (int k = 0; k < 4; ++k) {
-    for (int r = 0; r < R; ++r) x[k][r] = state[quad.wire[k] * R + r];
+    const V* wire = memory + static_cast<int64_t>(quad.wire[k]) * R;
+    for (int r = 0; r < K; ++r) x[k][r] = wire[r];
   }
 }
-template <int R, class V>
-FMKERNELS_INLINE void store_quad(const Quad& quad, const V (&x)[4][R], V* state) {
+template <int R, int K, class V>
+FMKERNELS_INLINE void store_quad(const Quad& quad, const V (&x)[4][K], V* memory) {
   for (int k = 0; k < 4; ++k) {
-    for (int r = 0; r < R; ++r) state[quad.wire[k] * R + r] = x[k][r];
+    V* wire = memory + static_cast<int64_t>(quad.wire[k]) * R;
+    for (int r = 0; r < K; ++r) wire[r] = x[k][r];
   }
 }
-template <int R, class V>
-FMKERNELS_INLINE void mix(V (&a)[R], V (&b)[R], Weights<V> w) {
-  for (int r = 0; r < R; ++r) mix(a[r], b[r], w);
+
+// One comparator on K rows.
+template <int K, class V>
+FMKERNELS_INLINE void mix(V (&a)[K], V (&b)[K], Weights<V> w) {
+  for (int r = 0; r < K; ++r) mix(a[r], b[r], w);
 }
-template <int R, class V>
-FMKERNELS_INLINE void subtract(const V (&a)[R], const V (&b)[R], V* difference) {
-  for (int r = 0; r < R; ++r) difference[r] = a[r] - b[r];
+template <int K, class V>
+FMKERNELS_INLINE void subtract(const V (&a)[K], const V (&b)[K], V* difference) {
+  for (int r = 0; r < K; ++r) difference[r] = a[r] - b[r];
 }
-// The comparator's share of the backward pass for R rows: adds Σ (a − b)·difference to the gradient
-// of keep, then mixes the gradients. b + keep·(a − b) would be half the multiplications, but −Q/P
-// spans thirty orders of magnitude, and the small gradients would be lost (measured: an error of
-// 9e-2 instead of 3e-5 for the gaussian).
-template <int R, class V>
+// The comparator's share of the backward pass: adds Σ (a − b)·difference to the gradient of keep,
+// then mixes the gradients. b + keep·(a − b) would be half the multiplications, but −Q/P spans
+// thirty orders of magnitude, and the small gradients would be lost (measured: an error of 9e-2
+// instead of 3e-5 for the gaussian).
+template <int K, class V>
 FMKERNELS_INLINE void unmix(
-    V (&a)[R], V (&b)[R], Weights<V> w, const V* difference, V& grad_keep) {
-  for (int r = 0; r < R; ++r) grad_keep = grad_keep + (a[r] - b[r]) * difference[r];
+    V (&a)[K], V (&b)[K], Weights<V> w, const V* difference, V& grad_keep) {
+  for (int r = 0; r < K; ++r) grad_keep = grad_keep + (a[r] - b[r]) * difference[r];
   mix(a, b, w);
 }
 
-// R rows of X, first to first + R − 1, through all layers. state is (n, R); the start value is 1
-// (or the scale that all later entries should carry). tape, if kept, is (comparators, R): the
-// differences that the backward pass multiplies with.
+// The R rows of a group of X through all layers. state is (n, R); the start value is 1 (or the
+// scale that all later entries should carry). tape, if kept, is (comparators, R): the differences
+// that the backward pass multiplies with.
 template <int R, bool keep_tape, class V>
 FMKERNELS_INLINE void sort_rows(
-    const SortingPlan& plan, int32_t first, V start, const Weights<V>* weights, V* state,
+    const SortingPlan& plan, int32_t group, V start, const Weights<V>* weights, V* state,
     V* tape) {
+  constexpr int K = rows_at_once<R>;
+  const int32_t first = plan.groups[group].first;
   for (int32_t index = 0; index < plan.size * R; ++index) state[index] = V(0);
   for (int r = 0; r < R; ++r) state[(first + r) * R + r] = start;
 
-  const Range* active = plan.active + static_cast<int64_t>(first / 2) * plan.segment_count;
+  const Range* active = plan.active + static_cast<int64_t>(group) * plan.segment_count;
   for (int32_t s = 0; s < plan.segment_count; ++s) {
     if (plan.segments[s].is_quads) {
       for (int32_t q = active[s].first; q < active[s].last; ++q) {
         const Quad quad = plan.quads[q];
         const Weights<V>* w = weights + quad.first_slot;
-        V* t = tape + static_cast<int64_t>(quad.first_slot) * R;
-        V x[4][R];
-        load_quad(quad, state, x);
-        if constexpr (keep_tape) {
-          subtract(x[0], x[1], t);
-          subtract(x[2], x[3], t + R);
+        for (int r = 0; r < R; r += K) {
+          V* t = tape + static_cast<int64_t>(quad.first_slot) * R + r;
+          V x[4][K];
+          load_quad<R>(quad, state + r, x);
+          if constexpr (keep_tape) {
+            subtract(x[0], x[1], t);
+            subtract(x[2], x[3], t + R);
+          }
+          mix(x[0], x[1], w[0]);
+          mix(x[2], x[3], w[1]);
+          if constexpr (keep_tape) {
+            subtract(x[0], x[2], t + 2 * R);
+            subtract(x[1], x[3], t + 3 * R);
+          }
+          mix(x[0], x[2], w[2]);
+          mix(x[1], x[3], w[3]);
+          store_quad<R>(quad, x, state + r);
         }
-        mix(x[0], x[1], w[0]);
-        mix(x[2], x[3], w[1]);
-        if constexpr (keep_tape) {
-          subtract(x[0], x[2], t + 2 * R);
-          subtract(x[1], x[3], t + 3 * R);
-        }
-        mix(x[0], x[2], w[2]);
-        mix(x[1], x[3], w[3]);
-        store_quad(quad, x, state);
       }
     } else {
       for (int32_t p = active[s].first; p < active[s].last; ++p) {
         const Pair pair = plan.pairs[p];
-        const Weights<V> w = weights[pair.slot];
+        V* a = state + static_cast<int64_t>(pair.wire[0]) * R;
+        V* b = state + static_cast<int64_t>(pair.wire[1]) * R;
+        V* t = tape + static_cast<int64_t>(pair.slot) * R;
         for (int r = 0; r < R; ++r) {
-          V& a = state[pair.wire[0] * R + r];
-          V& b = state[pair.wire[1] * R + r];
-          if constexpr (keep_tape) tape[static_cast<int64_t>(pair.slot) * R + r] = a - b;
-          mix(a, b, w);
+          if constexpr (keep_tape) t[r] = a[r] - b[r];
+          mix(a[r], b[r], weights[pair.slot]);
         }
       }
     }
   }
 }
 
-// Back through the layers with the gradient of R rows of X (n, R), which is used up: adds Σ e·d to
-// grad_keep.
+// Back through the layers with the gradient of a group's rows (n, R), which is used up: adds Σ e·d
+// to grad_keep. The group's sum comes first, so that a long column of rows is summed in two levels.
 template <int R, class V>
 FMKERNELS_INLINE void sort_rows_backward(
-    const SortingPlan& plan, int32_t first, const Weights<V>* weights, const V* tape, V* grad,
+    const SortingPlan& plan, int32_t group, const Weights<V>* weights, const V* tape, V* grad,
     V* grad_keep) {
-  const Range* active = plan.active + static_cast<int64_t>(first / 2) * plan.segment_count;
+  constexpr int K = rows_at_once<R>;
+  const Range* active = plan.active + static_cast<int64_t>(group) * plan.segment_count;
   for (int32_t s = plan.segment_count - 1; s >= 0; --s) {
     if (plan.segments[s].is_quads) {
       for (int32_t q = active[s].first; q < active[s].last; ++q) {
         const Quad quad = plan.quads[q];
         const Weights<V>* w = weights + quad.first_slot;
-        const V* t = tape + static_cast<int64_t>(quad.first_slot) * R;
-        V* dk = grad_keep + quad.first_slot;
-        V g[4][R];
-        load_quad(quad, grad, g);
-        unmix(g[0], g[2], w[2], t + 2 * R, dk[2]);
-        unmix(g[1], g[3], w[3], t + 3 * R, dk[3]);
-        unmix(g[0], g[1], w[0], t, dk[0]);
-        unmix(g[2], g[3], w[1], t + R, dk[1]);
-        store_quad(quad, g, grad);
+        V sum[4] = {V(0), V(0), V(0), V(0)};
+        for (int r = 0; r < R; r += K) {
+          const V* t = tape + static_cast<int64_t>(quad.first_slot) * R + r;
+          V g[4][K];
+          load_quad<R>(quad, grad + r, g);
+          unmix(g[0], g[2], w[2], t + 2 * R, sum[2]);
+          unmix(g[1], g[3], w[3], t + 3 * R, sum[3]);
+          unmix(g[0], g[1], w[0], t, sum[0]);
+          unmix(g[2], g[3], w[1], t + R, sum[1]);
+          store_quad<R>(quad, g, grad + r);
+        }
+        for (int k = 0; k < 4; ++k) grad_keep[quad.first_slot + k] += sum[k];
       }
     } else {
       for (int32_t p = active[s].first; p < active[s].last; ++p) {
         const Pair pair = plan.pairs[p];
-        V a[R], b[R];
-        for (int r = 0; r < R; ++r) a[r] = grad[pair.wire[0] * R + r];
-        for (int r = 0; r < R; ++r) b[r] = grad[pair.wire[1] * R + r];
-        unmix(
-            a, b, weights[pair.slot], tape + static_cast<int64_t>(pair.slot) * R,
-            grad_keep[pair.slot]);
-        for (int r = 0; r < R; ++r) grad[pair.wire[0] * R + r] = a[r];
-        for (int r = 0; r < R; ++r) grad[pair.wire[1] * R + r] = b[r];
+        V* a = grad + static_cast<int64_t>(pair.wire[0]) * R;
+        V* b = grad + static_cast<int64_t>(pair.wire[1]) * R;
+        const V* t = tape + static_cast<int64_t>(pair.slot) * R;
+        V sum(0);
+        for (int r = 0; r < R; ++r) {
+          sum = sum + (a[r] - b[r]) * t[r];
+          mix(a[r], b[r], weights[pair.slot]);
+        }
+        grad_keep[pair.slot] += sum;
       }
     }
   }

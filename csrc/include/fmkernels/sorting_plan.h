@@ -34,16 +34,25 @@ struct Range {
   int32_t first, last;  // [first, last)
 };
 
+// Rows first … first + count − 1 of X, taken through the network together: they share every load of
+// a weight and one addition to its gradient. count is 1, 2 or max_group_rows.
+struct RowGroup {
+  int32_t first, count;
+};
+constexpr int32_t max_group_rows = 4;
+
 struct SortingPlan {
   int32_t size;  // n, the wires
   int32_t comparator_count;
   int32_t segment_count;
+  int32_t group_count;
   const Comparator* comparators;  // in the order of the layers
   const Quad* quads;
   const Pair* pairs;
   const Segment* segments;
-  // active[i / 2 · segment_count + segment]: the part of the segment in which rows i and i + 1 of
-  // X are not zero on both wires. A row starts on one wire and spreads as blocks are merged; about
+  const RowGroup* groups;
+  // active[group · segment_count + segment]: the part of the segment in which the group's rows of X
+  // are not zero on all wires. A row starts on one wire and spreads as blocks are merged; about
   // half of all the work is on zeros, and skipped.
   const Range* active;
 };
