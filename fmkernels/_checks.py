@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
+    """``check``, run once per combination of arguments: settings rarely change between calls."""
+    once = functools.lru_cache(maxsize=256)(check)
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return once(*arguments)
+        except TypeError:  # unhashable, so certainly wrong: let the check find the words
+            return check(*arguments)
+
+    return call
 
 
 def floating_tensor(op: str, argument: str, value: Any) -> None:
@@ -41,20 +55,29 @@ def dimensions(op: str, argument: str, value: Tensor, layout: str) -> None:
         raise ValueError(f"{op}: {argument}: expected shape {layout}, got {shape(value)}")
 
 
+def alike(first: Any, second: Any) -> bool:
+    """Whether both are floating tensors of one shape, with a column, on one device."""
+    return (
+        isinstance(first, Tensor)
+        and isinstance(second, Tensor)
+        and first.dtype.is_floating_point
+        and second.dtype.is_floating_point
+        and first.device == second.device
+        and (shape := first.shape) == second.shape
+        and len(shape) > 0
+        and shape[-1] >= 1
+    )
+
+
 def like(op: str, argument: str, value: Any, other: str, reference: Tensor) -> None:
     """A floating tensor of the shape and on the device of another."""
-    if (
-        isinstance(value, Tensor)
-        and value.dtype.is_floating_point
-        and value.shape == reference.shape
-        and value.device == reference.device
-    ):
-        return
     floating_tensor(op, argument, value)
     same_device(op, argument, value, other, reference)
-    raise ValueError(
-        f"{op}: {argument}: expected the shape of {other}, {shape(reference)}, got {shape(value)}"
-    )
+    if value.shape != reference.shape:
+        raise ValueError(
+            f"{op}: {argument}: expected the shape of {other}, {shape(reference)}, "
+            f"got {shape(value)}"
+        )
 
 
 def same_device(op: str, argument: str, value: Tensor, other: str, reference: Tensor) -> None:
@@ -72,6 +95,11 @@ def non_negative(op: str, argument: str, value: Any) -> None:
         raise TypeError(f"{op}: {argument}: expected a number, got {type(value).__name__}")
     if not 0.0 <= value < math.inf:
         raise ValueError(f"{op}: {argument}: expected a finite number >= 0, got {value}")
+
+
+def plain(settings: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numbers of any kind (NumPy's, a Fraction) as the float that an op's schema takes."""
+    return tuple(float(value) if isinstance(value, Real) else value for value in settings)
 
 
 def choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> None:

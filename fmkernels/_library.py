@@ -9,6 +9,7 @@ device; forcing the reference, and a kernel for inputs past its limits, call the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -85,6 +86,15 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """One registered name of an op and, if it has a gradient, its autograd functions."""
+
+    overload: torch._ops.OpOverload
+    apply: Callable[..., Any] | None = None
+    apply_functional: Callable[..., Any] | None = None
+
+
 class Op:
     """One registered op: callable, differentiable, and able to say which backends can run it."""
 
@@ -97,43 +107,49 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        only_first: bool = False,
         limits: Callable[..., str | None] = lambda *args: None,
     ) -> None:
         """Define and register the op.
 
         Args:
             name: its name in ``torch.ops.fmkernels``.
-            signature: the schema without the name, ``"(Tensor x, float s) -> Tensor"``.
+            signature: the schema without the name, ``"(Tensor x, float s=1.0) -> Tensor"``.
             reference: the PyTorch implementation that defines what is right.
             fake: shapes and dtypes of the outputs, for ``torch.compile`` and the meta device.
-            setup_context: what to keep for backward, as in ``torch.autograd.Function``.
+            setup_context: what to keep for backward, as in ``torch.autograd.Function``; trailing
+                inputs that have the schema's defaults may be missing.
             backward: the gradient. Both or neither; it must not be differentiated again.
+            only_first: calling gives the first output alone; backward needs the others.
             limits: why the compiled kernels hand these arguments to the reference, or None.
         """
         self.name = name
         self.limits = limits
-        self.overload = self._register(name, signature, reference, fake)
-        self.reference_overload = self._register(f"{name}_reference", signature, reference, fake)
-        self._apply: Callable[..., Any] | None = None
-        self._functional: type[torch.autograd.Function] | None = None
-        if setup_context is not None and backward is not None:
-            self._make_differentiable(setup_context, backward)
+        self.only_first = only_first
+        self._main, self._reference = (
+            self._register(registered, signature, reference, fake, setup_context, backward)
+            for registered in (name, f"{name}_reference")
+        )
         OPS[name] = self
 
-    @staticmethod
     def _register(
-        name: str, signature: str, reference: Callable[..., Any], fake: Callable[..., Any]
-    ) -> torch._ops.OpOverload:
-        LIBRARY.define(name + signature)
-        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fmkernels::{name}", fake, lib=LIBRARY)
-        packet = getattr(torch.ops.fmkernels, name)
-        torch.library.register_vmap(f"fmkernels::{name}", _refuse_vmap(name), lib=LIBRARY)
-        return packet.default  # type: ignore[no-any-return]
+        self,
+        registered: str,
+        signature: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None,
+        backward: Callable[..., Any] | None,
+    ) -> _Route:
+        LIBRARY.define(registered + signature)
+        LIBRARY.impl(registered, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fmkernels::{registered}", fake, lib=LIBRARY)
+        refuse_vmap = _refuse_vmap(self.name)
+        torch.library.register_vmap(f"fmkernels::{registered}", refuse_vmap, lib=LIBRARY)
+        overload = getattr(torch.ops.fmkernels, registered).default
+        if setup_context is None or backward is None:
+            return _Route(overload)
 
-    def _make_differentiable(
-        self, setup_context: Callable[..., None], backward: Callable[..., Any]
-    ) -> None:
         def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
@@ -144,65 +160,66 @@ class Op:
                 for grad in result
             )
 
-        for overload in (self.overload, self.reference_overload):
-            torch.library.register_autograd(
-                overload, backward_once, setup_context=setup_context, lib=LIBRARY
-            )
+        # This is what torch.compile sees. In eager mode an autograd.Function does the same at a
+        # quarter of the host time.
+        torch.library.register_autograd(
+            overload, backward_once, setup_context=setup_context, lib=LIBRARY
+        )
+        only_first = self.only_first
 
-        # The registration above is what torch.compile sees. In eager mode an autograd.Function
-        # does the same at a quarter of the host time.
         class Eager(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, overload: Any, *args: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
-                    output = overload._op(*args)
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = _below_autograd(overload, args)
                 setup_context(ctx, args, output)
-                return output
+                return output[0] if only_first else output
 
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> Any:
-                return (None, *backward_once(ctx, *grads))
+            backward = staticmethod(backward_once)
 
         # torch.func wants forward and setup_context apart, and asks for a vmap rule.
         class Functional(torch.autograd.Function):
             @staticmethod
-            def forward(overload: Any, *args: Any) -> Any:
+            def forward(*args: Any) -> Any:
                 return overload(*args)
 
-            @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-                setup_context(ctx, inputs[1:], output)
+            backward = staticmethod(backward_once)
+            vmap = staticmethod(refuse_vmap)
 
-            backward = staticmethod(Eager.backward)
-            vmap = staticmethod(_refuse_vmap(self.name))
-
+        Functional.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
         for function in (Eager, Functional):
             function.__name__ = function.__qualname__ = self.name
-        self._functional = Functional
         # Function.apply binds its arguments through inspect.signature; that of its base does not
-        self._apply = super(torch.autograd.Function, Eager).apply
+        apply_eagerly = super(torch.autograd.Function, Eager).apply
+        return _Route(overload, apply_eagerly, Functional.apply)
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend that the dispatcher or ``fmkernels.backend`` chooses."""
-        overload = self.overload if _requested == "auto" else self._select(args)
+        route = self._main if _requested == "auto" else self._select(args)
         if torch.compiler.is_compiling():
-            return overload(*args)
-        if torch._C._are_functorch_transforms_active():
-            return (
-                overload(*args)
-                if self._functional is None
-                else self._functional.apply(overload, *args)
-            )
-        if self._apply is not None and torch.is_grad_enabled():
-            for arg in args:
-                if isinstance(arg, Tensor) and arg.requires_grad:
-                    return self._apply(overload, *args)
-        with torch._C._AutoDispatchBelowAutograd():  # no graph: skip the Python autograd kernel
-            return overload._op(*args)
+            output = route.overload(*args)
+        elif route.apply is None:
+            return route.overload._op(*args)
+        elif torch._C._are_functorch_transforms_active():
+            output = route.apply_functional(*args)
+        elif torch.is_grad_enabled() and _any_requires_grad(args):
+            return route.apply(*args)
+        else:
+            output = _below_autograd(route.overload, args)
+        return output[0] if self.only_first else output
 
-    def _select(self, args: tuple[Any, ...]) -> torch._ops.OpOverload:
+    def without_defaults(self, *last: Any) -> tuple[Any, ...]:
+        """The last arguments of a call, as few of them as the schema's defaults allow.
+
+        To parse an argument takes as long as to sort a few values.
+        """
+        defaults = [arg.default_value for arg in self._main.overload._schema.arguments][-len(last) :]
+        while last and last[-1] == defaults[len(last) - 1]:
+            last = last[:-1]
+        return last
+
+    def _select(self, args: tuple[Any, ...]) -> _Route:
         if _requested == "reference":
-            return self.reference_overload
+            return self._reference
         if self.why_not(_requested, *args) is not None:
             reasons = "; ".join(
                 f"{name}: {self.why_not(name, *args) or 'can run'}" for name in BACKENDS
@@ -210,7 +227,7 @@ class Op:
             raise RuntimeError(
                 f"{self.name}: backend {_requested!r} cannot run this call ({reasons})"
             )
-        return self.overload
+        return self._main
 
     def why_not(self, backend: str, *args: Any) -> str | None:
         """Why ``backend`` cannot run this op (on these arguments, if given), or None if it can."""
@@ -228,6 +245,24 @@ class Op:
     def backends(self) -> dict[str, str | None]:
         """For every backend None if it can run this op on its device, else the reason."""
         return {name: self.why_not(name) for name in BACKENDS}
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    for arg in args:  # a generator would take three times as long
+        if isinstance(arg, Tensor) and arg.requires_grad:
+            return True
+    return False
+
+
+def _below_autograd(overload: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
+    """Call past the Python autograd kernel, which costs 8 µs even if no gradient is asked for."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+    try:
+        return overload._op(*args)
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
 def _refuse_vmap(name: str) -> Callable[..., Any]:

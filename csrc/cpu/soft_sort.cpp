@@ -40,7 +40,7 @@ Tensor backward(
 std::tuple<Tensor, Tensor> soft_sort(
     const Tensor& scores, double steepness, std::string network, std::string distribution,
     double art_lambda) {
-  if (scores.dim() > 0 && scores.size(-1) > max_kernel_size) {
+  if (exceeds_kernel(scores)) {
     return call_reference<std::tuple<Tensor, Tensor>>(
         "soft_sort", scores, steepness, network, distribution, art_lambda);
   }
@@ -56,7 +56,7 @@ Tensor soft_sort_backward(
     std::optional<Tensor> grad_values, std::optional<Tensor> grad_permutation,
     const Tensor& scores, double steepness, std::string network, std::string distribution,
     double art_lambda) {
-  if (scores.dim() > 0 && scores.size(-1) > max_kernel_size) {
+  if (exceeds_kernel(scores)) {
     return call_reference<Tensor>(
         "soft_sort_backward", grad_values, grad_permutation, scores, steepness, network,
         distribution, art_lambda);

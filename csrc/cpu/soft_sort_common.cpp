@@ -20,6 +20,11 @@ struct Entry {
 }  // namespace
 
 const SortingPlan& sorting_plan(const std::string& network, int64_t n) {
+  // most calls are for the same network as the one before
+  static thread_local std::pair<std::string, int64_t> last_key;
+  static thread_local const SortingPlan* last_plan = nullptr;
+  if (last_plan != nullptr && last_key.second == n && last_key.first == network) return *last_plan;
+
   static std::mutex mutex;
   static std::map<std::pair<std::string, int64_t>, std::unique_ptr<Entry>> entries;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -31,7 +36,8 @@ const SortingPlan& sorting_plan(const std::string& network, int64_t n) {
     }
     entry = std::move(made);
   }
-  return entry->plan;
+  last_key = {network, n};
+  return *(last_plan = &entry->plan);
 }
 
 Distribution parse_distribution(const std::string& name) {

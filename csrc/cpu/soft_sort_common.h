@@ -12,6 +12,9 @@ namespace fmkernels {
 
 // Longer rows go to the reference op: the working memory of a thread grows with the comparators.
 constexpr int64_t max_kernel_size = 1024;
+inline bool exceeds_kernel(const Tensor& scores) {
+  return scores.dim() > 0 && scores.size(-1) > max_kernel_size;
+}
 
 // The plan of a network, built once per process. Throws for an unknown name.
 const SortingPlan& sorting_plan(const std::string& network, int64_t n);

@@ -1,4 +1,5 @@
-// fmkernels::soft_sort_cross_entropy on the CPU: the loss and, if asked, the student's gradient.
+// fmkernels::soft_sort_cross_entropy on the CPU: the loss and the student's gradient, or only the
+// loss.
 #include <optional>
 #include <string>
 #include <tuple>
@@ -20,26 +21,35 @@ double reduction_scale(const T* mask, int64_t queries, bool mean) {
   return total == 0 ? 0 : 1 / total;
 }
 
-template <class T>
-std::tuple<Tensor, Tensor> cross_entropy(
-    const Tensor& student, const Tensor& teacher, const T* mask, double steepness,
-    double teacher_steepness, const std::string& network, const std::string& distribution,
-    double art_lambda, const std::string& reduction, bool compute_grad) {
-  const ScalarType type = student.scalar_type();
-  std::vector<int64_t> shape = shape_of(student);
-  Tensor grad_student = empty(compute_grad ? shape : std::vector<int64_t>{0}, type);
-  shape.pop_back();
-  const bool reduce = reduction != "none";
-  Tensor result = empty(reduce ? std::vector<int64_t>{} : shape, type);
+struct Settings {
+  double steepness, teacher_steepness;
+  const std::string &network, &distribution;
+  double art_lambda;
+  const std::string& reduction;
+};
 
-  const SoftSortArgs<T> sort =
-      soft_sort_args<T>(student, steepness, network, distribution, art_lambda);
+// The reduced loss; writes the student's gradient if there is a tensor for it.
+template <class T>
+Tensor run(
+    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+    const Settings& settings, const Tensor* grad_student) {
+  const bool reduce = settings.reduction != "none";
+  std::vector<int64_t> shape;
+  if (!reduce) {
+    shape = shape_of(student);
+    shape.pop_back();
+  }
+  const Tensor result = empty(shape, student.scalar_type());
+  const SoftSortArgs<T> sort = soft_sort_args<T>(
+      student, settings.steepness, settings.network, settings.distribution, settings.art_lambda);
   std::vector<T> reduced_losses(reduce ? sort.queries : 0);
   T* losses = reduce ? reduced_losses.data() : data_of<T>(result);
+  const T* weights = mask ? data_of<const T>(*mask) : nullptr;
+  const double scale = reduction_scale(weights, sort.queries, settings.reduction == "mean");
   const CrossEntropyForward<T> args{
-      sort, data_of<const T>(teacher), static_cast<T>(teacher_steepness), mask,
-      static_cast<T>(reduction_scale(mask, sort.queries, reduction == "mean")), losses,
-      compute_grad ? data_of<T>(grad_student) : nullptr};
+      sort,   data_of<const T>(teacher), static_cast<T>(settings.teacher_steepness),
+      weights, static_cast<T>(scale),    losses,
+      grad_student != nullptr ? data_of<T>(*grad_student) : nullptr};
   for_query_groups(&SoftSortKernels<T>::cross_entropy, args, args.sort);
 
   if (reduce) {  // in a fixed order, whatever the number of threads
@@ -47,18 +57,13 @@ std::tuple<Tensor, Tensor> cross_entropy(
     for (int64_t q = 0; q < sort.queries; ++q) sum += losses[q];
     *data_of<T>(result) = static_cast<T>(sum);
   }
-  return {result, grad_student};
+  return result;
 }
 
-std::tuple<Tensor, Tensor> soft_sort_cross_entropy(
-    const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask, double steepness,
-    double teacher_steepness, std::string network, std::string distribution, double art_lambda,
-    std::string reduction, bool compute_grad) {
-  if (student.dim() > 0 && student.size(-1) > max_kernel_size) {
-    return call_reference<std::tuple<Tensor, Tensor>>(
-        "soft_sort_cross_entropy", student, teacher, mask, steepness, teacher_steepness, network,
-        distribution, art_lambda, reduction, compute_grad);
-  }
+// Any dtype and strides; the gradient is in the dtype of the arithmetic.
+std::tuple<Tensor, std::optional<Tensor>> cross_entropy(
+    const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
+    const Settings& settings, bool with_grad) {
   const ScalarType type = compute_type(student);
   const Tensor x = dense(student, type), y = dense(teacher, type);
   check_count("teacher", y, x.numel());
@@ -66,15 +71,41 @@ std::tuple<Tensor, Tensor> soft_sort_cross_entropy(
     check_count("mask", *mask, x.numel() / (x.size(-1) > 0 ? x.size(-1) : 1));
     mask = dense(*mask, type);
   }
-  auto [loss, grad_student] =
-      is_double(x)
-          ? cross_entropy<double>(
-                x, y, mask ? data_of<const double>(*mask) : nullptr, steepness, teacher_steepness,
-                network, distribution, art_lambda, reduction, compute_grad)
-          : cross_entropy<float>(
-                x, y, mask ? data_of<const float>(*mask) : nullptr, steepness, teacher_steepness,
-                network, distribution, art_lambda, reduction, compute_grad);
-  return {in_type(loss, student.scalar_type()), grad_student};
+  std::optional<Tensor> grad;
+  if (with_grad) grad = empty(shape_of(x), type);
+  const Tensor* target = grad ? &*grad : nullptr;
+  const Tensor loss = is_double(x) ? run<double>(x, y, mask, settings, target)
+                                   : run<float>(x, y, mask, settings, target);
+  return {in_type(loss, student.scalar_type()), grad};
+}
+
+std::tuple<Tensor, Tensor> soft_sort_cross_entropy(
+    const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask, double steepness,
+    std::optional<double> teacher_steepness, std::string network, std::string distribution,
+    double art_lambda, std::string reduction) {
+  if (exceeds_kernel(student)) {
+    return call_reference<std::tuple<Tensor, Tensor>>(
+        "soft_sort_cross_entropy", student, teacher, mask, steepness, teacher_steepness, network,
+        distribution, art_lambda, reduction);
+  }
+  const Settings settings{steepness,    teacher_steepness.value_or(steepness), network,
+                          distribution, art_lambda,                            reduction};
+  auto [loss, grad] = cross_entropy(student, teacher, mask, settings, true);
+  return {loss, *grad};
+}
+
+Tensor soft_sort_cross_entropy_loss(
+    const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask, double steepness,
+    std::optional<double> teacher_steepness, std::string network, std::string distribution,
+    double art_lambda, std::string reduction) {
+  if (exceeds_kernel(student)) {
+    return call_reference<Tensor>(
+        "soft_sort_cross_entropy_loss", student, teacher, mask, steepness, teacher_steepness,
+        network, distribution, art_lambda, reduction);
+  }
+  const Settings settings{steepness,    teacher_steepness.value_or(steepness), network,
+                          distribution, art_lambda,                            reduction};
+  return std::get<0>(cross_entropy(student, teacher, mask, settings, false));
 }
 
 }  // namespace
@@ -82,4 +113,5 @@ std::tuple<Tensor, Tensor> soft_sort_cross_entropy(
 
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("soft_sort_cross_entropy", TORCH_BOX(&fmkernels::soft_sort_cross_entropy));
+  m.impl("soft_sort_cross_entropy_loss", TORCH_BOX(&fmkernels::soft_sort_cross_entropy_loss));
 }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import scores
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmkernels
 from fmkernels.ops.soft_sort import DISTRIBUTIONS, NETWORKS
@@ -124,11 +125,27 @@ def test_keeps_one_array_for_backward():
     assert sum(kept.values()) == student.numel() * 4
 
 
-def test_without_a_gradient_none_is_computed():
-    x, y = scores(5, 9).detach(), scores(5, 9).detach()
-    op = torch.ops.fmkernels.soft_sort_cross_entropy
-    _, grad = op(x, y, None, 100.0, 100.0, "bitonic", "cauchy", 0.25, "mean", False)
-    assert grad.numel() == 0
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_without_a_gradient_only_the_loss_is_computed(backend):
+    student, teacher = scores(5, 9), scores(5, 9)
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with fmkernels.backend(backend), Record():
+        with_gradient = fmkernels.soft_sort_cross_entropy(student, teacher)
+        with torch.no_grad():
+            without = fmkernels.soft_sort_cross_entropy(student, teacher)
+    assert torch.equal(with_gradient, without)
+    assert not without.requires_grad
+    suffix = "_reference" if backend == "reference" else ""
+    assert [name for name in called if "fmkernels" in name] == [
+        f"fmkernels::soft_sort_cross_entropy{suffix}",
+        f"fmkernels::soft_sort_cross_entropy_loss{suffix}",
+    ]
 
 
 def test_the_teacher_gets_no_gradient_and_half_types_promote():
@@ -173,6 +190,7 @@ def refusal(error, message, **changes):
                 reduction="max"),
         refusal(ValueError, "teacher_steepness: expected a finite number", teacher_steepness=-1),
         refusal(ValueError, "steepness: expected a finite number", steepness=float("nan")),
+        refusal(TypeError, "steepness: expected a number, got list", steepness=[1.0]),
         refusal(ValueError, "network: expected one of", network="merge"),
         refusal(ValueError, "network: expected one that sorts 22 values",
                 student=torch.zeros(1, 22), teacher=torch.zeros(1, 22)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -71,41 +70,34 @@ def soft_sort(
         True
     """
     _checks.floating_tensor("soft_sort", "scores", scores)
-    check_settings("soft_sort", network, distribution, scores.shape[-1], steepness, art_lambda)
+    settings = (steepness, network, distribution, art_lambda)
+    if torch.compiler.is_compiling():
+        check_settings("soft_sort", *settings)
+    else:
+        settings = _checked(scores.shape[-1], *settings)
     if scores.dtype in HALF and torch.is_autocast_enabled(scores.device.type):
         scores = scores.float()
-    return SOFT_SORT(scores, steepness, network, distribution, art_lambda)  # type: ignore[no-any-return]
+    return SOFT_SORT(scores, *settings)  # type: ignore[no-any-return]
 
 
 HALF = (torch.float16, torch.bfloat16)
 
 
+@_checks.remembered
+def _checked(n: int, *settings: Any) -> tuple[Any, ...]:
+    check_settings("soft_sort", *settings)
+    check_sorts("soft_sort", settings[1], n)
+    return SOFT_SORT.without_defaults(*_checks.plain(settings))
+
+
 def check_settings(
-    op: str, network: str, distribution: str, n: int, steepness: float, art_lambda: float
+    op: str, steepness: float, network: str, distribution: str, art_lambda: float
 ) -> None:
     """The checks that every op on a sorting network shares."""
-    if torch.compiler.is_compiling():
-        _check_settings(op, network, distribution, steepness, art_lambda)  # n: see the fake kernels
-    else:
-        _check_settings_once(op, network, distribution, n, steepness, art_lambda)
-
-
-def _check_settings(
-    op: str, network: str, distribution: str, steepness: float, art_lambda: float
-) -> None:
     _checks.non_negative(op, "steepness", steepness)
     _checks.non_negative(op, "art_lambda", art_lambda)
     _checks.choice(op, "network", network, NETWORKS)
     _checks.choice(op, "distribution", distribution, DISTRIBUTIONS)
-
-
-@functools.lru_cache(maxsize=256, typed=True)
-def _check_settings_once(
-    op: str, network: str, distribution: str, n: int, steepness: float, art_lambda: float
-) -> None:
-    """Settings rarely change between calls; remembering those that passed saves 3 µs a call."""
-    _check_settings(op, network, distribution, steepness, art_lambda)
-    check_sorts(op, network, n)
 
 
 def check_sorts(op: str, network: str, n: int) -> None:
@@ -118,9 +110,7 @@ def check_sorts(op: str, network: str, n: int) -> None:
         )
 
 
-def _fake(
-    scores: Tensor, steepness: float, network: str, distribution: str, art_lambda: float
-) -> tuple[Tensor, Tensor]:
+def _fake(scores: Tensor, steepness: float = 100.0, network: str = "bitonic", *_: Any) -> Any:
     n = scores.shape[-1]
     check_sorts("soft_sort", network, n)
     return scores.new_empty(scores.shape), scores.new_empty((*scores.shape, n))
@@ -140,19 +130,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(
     ctx: Any, grad_values: Tensor | None, grad_permutation: Tensor | None
-) -> tuple[Tensor | None, None, None, None, None]:
+) -> tuple[Tensor | None, ...]:
     if grad_values is None and grad_permutation is None:
-        return None, None, None, None, None
+        return (None,) * 5
     (scores,) = ctx.saved_tensors
     grad = SOFT_SORT_BACKWARD(grad_values, grad_permutation, scores, *ctx.settings)
     return grad, None, None, None, None
 
 
-_SETTINGS = "float steepness, str network, str distribution, float art_lambda"
+SETTINGS = (
+    'float steepness=100.0, str network="bitonic", str distribution="cauchy", float art_lambda=0.25'
+)
 
 SOFT_SORT = Op(
     "soft_sort",
-    f"(Tensor scores, {_SETTINGS}) -> (Tensor values, Tensor permutation)",
+    f"(Tensor scores, {SETTINGS}) -> (Tensor values, Tensor permutation)",
     reference=reference.soft_sort,
     fake=_fake,
     setup_context=_setup_context,
@@ -162,7 +154,7 @@ SOFT_SORT = Op(
 
 SOFT_SORT_BACKWARD = Op(
     "soft_sort_backward",
-    f"(Tensor? grad_values, Tensor? grad_permutation, Tensor scores, {_SETTINGS}) -> Tensor",
+    f"(Tensor? grad_values, Tensor? grad_permutation, Tensor scores, {SETTINGS}) -> Tensor",
     reference=reference.soft_sort_backward,
     fake=lambda grad_values, grad_permutation, scores, *_: scores.new_empty(scores.shape),
     limits=lambda grad_values, grad_permutation, scores, *_: size_limit(scores),

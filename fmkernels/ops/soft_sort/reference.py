@@ -178,7 +178,11 @@ def row_chunks(scores: Tensor, trace: list[Swap]) -> list[slice]:
 
 
 def soft_sort(
-    scores: Tensor, steepness: float, network: str, distribution: str, art_lambda: float
+    scores: Tensor,
+    steepness: float = 100.0,
+    network: str = "bitonic",
+    distribution: str = "cauchy",
+    art_lambda: float = 0.25,
 ) -> tuple[Tensor, Tensor]:
     """(…, n) -> sorted values (…, n) and permutation (…, n, n)."""
     n = scores.shape[-1]
@@ -195,10 +199,10 @@ def soft_sort_backward(
     grad_values: Tensor | None,
     grad_permutation: Tensor | None,
     scores: Tensor,
-    steepness: float,
-    network: str,
-    distribution: str,
-    art_lambda: float,
+    steepness: float = 100.0,
+    network: str = "bitonic",
+    distribution: str = "cauchy",
+    art_lambda: float = 0.25,
 ) -> Tensor:
     """Gradient of the scores; the network is run again rather than kept."""
     n = scores.shape[-1]

@@ -75,77 +75,90 @@ def soft_sort_cross_entropy(
         >>> student.grad[0, 0] > 0 > student.grad[0, 1]  # the first should sink, the second rise
         tensor(True)
     """
-    op = "soft_sort_cross_entropy"
-    _checks.floating_tensor(op, "student", student)
-    _checks.like(op, "teacher", teacher, "student", student)
-    if teacher_steepness is None:
-        teacher_steepness = steepness
+    if not _checks.alike(student, teacher):
+        _checks.floating_tensor(NAME, "student", student)
+        _checks.like(NAME, "teacher", teacher, "student", student)
+    settings = (steepness, teacher_steepness, network, distribution, art_lambda, reduction)
+    if torch.compiler.is_compiling():
+        _check(*settings)
     else:
-        _checks.non_negative(op, "teacher_steepness", teacher_steepness)
-    check_settings(op, network, distribution, student.shape[-1], steepness, art_lambda)
-    if reduction not in REDUCTIONS:
-        _checks.choice(op, "reduction", reduction, REDUCTIONS)
+        settings = _checked(student.shape[-1], *settings)
     if mask is not None:
-        mask = _check_mask(op, mask, student)
-    if student.dtype is not teacher.dtype:
-        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        mask = _check_mask(mask, student)
+    dtype = student.dtype
+    if dtype is not teacher.dtype:
+        dtype = torch.promote_types(dtype, teacher.dtype)
         student, teacher = student.to(dtype), teacher.to(dtype)
-    if student.dtype in HALF and torch.is_autocast_enabled(student.device.type):
+    if dtype in HALF and torch.is_autocast_enabled(student.device.type):
         student, teacher = student.float(), teacher.float()
+    if teacher.requires_grad:
+        teacher = teacher.detach()
 
     needs_grad = student.requires_grad and torch.is_grad_enabled()
-    loss, _ = SOFT_SORT_CROSS_ENTROPY(
-        student,
-        teacher.detach() if teacher.requires_grad else teacher,
-        mask,
-        steepness,
-        teacher_steepness,
-        network,
-        distribution,
-        art_lambda,
-        reduction,
-        needs_grad,
-    )
-    return loss  # type: ignore[no-any-return]
+    run = SOFT_SORT_CROSS_ENTROPY if needs_grad else SOFT_SORT_CROSS_ENTROPY_LOSS
+    return run(student, teacher, mask, *settings)  # type: ignore[no-any-return]
 
 
-def _check_mask(op: str, mask: Any, student: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: mask: expected a torch.Tensor, got {type(mask).__name__}")
-    if mask.shape != student.shape[:-1]:
-        raise ValueError(
-            f"{op}: mask: expected one weight per query, shape {tuple(student.shape[:-1])}, "
-            f"got {_checks.shape(mask)}"
-        )
-    if mask.is_complex():
-        raise TypeError(f"{op}: mask: expected bool or real numbers, got {mask.dtype}")
-    _checks.same_device(op, "mask", mask, "student", student)
-    return mask.detach().to(torch.float64 if student.dtype == torch.float64 else torch.float32)
+NAME = "soft_sort_cross_entropy"
 
 
-def _fake(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
+def _check(
     steepness: float,
-    teacher_steepness: float,
+    teacher_steepness: float | None,
     network: str,
     distribution: str,
     art_lambda: float,
     reduction: str,
-    compute_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    check_sorts("soft_sort_cross_entropy", network, student.shape[-1])
-    loss = student.new_empty(student.shape[:-1] if reduction == "none" else ())
+) -> None:
+    check_settings(NAME, steepness, network, distribution, art_lambda)
+    if teacher_steepness is not None:
+        _checks.non_negative(NAME, "teacher_steepness", teacher_steepness)
+    _checks.choice(NAME, "reduction", reduction, REDUCTIONS)
+
+
+@_checks.remembered
+def _checked(n: int, *settings: Any) -> tuple[Any, ...]:
+    _check(*settings)
+    check_sorts(NAME, settings[2], n)
+    return SOFT_SORT_CROSS_ENTROPY.without_defaults(*_checks.plain(settings))
+
+
+def _check_mask(mask: Any, student: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{NAME}: mask: expected a torch.Tensor, got {type(mask).__name__}")
+    if mask.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{NAME}: mask: expected one weight per query, shape {tuple(student.shape[:-1])}, "
+            f"got {_checks.shape(mask)}"
+        )
+    if mask.is_complex():
+        raise TypeError(f"{NAME}: mask: expected bool or real numbers, got {mask.dtype}")
+    _checks.same_device(NAME, "mask", mask, "student", student)
+    return mask.detach().to(torch.float64 if student.dtype == torch.float64 else torch.float32)
+
+
+def _fake_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    steepness: float = 100.0,
+    teacher_steepness: float | None = None,
+    network: str = "bitonic",
+    distribution: str = "cauchy",
+    art_lambda: float = 0.25,
+    reduction: str = "mean",
+) -> Tensor:
+    check_sorts(NAME, network, student.shape[-1])
+    return student.new_empty(student.shape[:-1] if reduction == "none" else ())
+
+
+def _fake(student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dtype = reference.compute_dtype(student.dtype)
-    return loss, student.new_empty(student.shape if compute_grad else (0,), dtype=dtype)
+    return _fake_loss(student, *others), student.new_empty(student.shape, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, grad_student = output
-    ctx.dtype = inputs[0].dtype
-    ctx.computed_grad = inputs[-1]
-    ctx.per_query = inputs[-2] == "none"
     ctx.mark_non_differentiable(grad_student)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_student, inputs[0])  # the student so that double backward refuses
@@ -153,24 +166,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 10
-    if not ctx.computed_grad:
-        raise RuntimeError(
-            "soft_sort_cross_entropy: compute_grad: expected True for a backward pass, got False"
-        )
-    grad_student, _ = ctx.saved_tensors
-    grad = grad_student * (grad_loss.unsqueeze(-1) if ctx.per_query else grad_loss)
-    return (grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype), *(None,) * 9)
+        return (None,) * 9
+    grad_student, student = ctx.saved_tensors
+    grad = grad_student * (grad_loss.unsqueeze(-1) if grad_loss.ndim else grad_loss)
+    if grad.dtype is not student.dtype:
+        grad = grad.to(student.dtype)
+    return grad, None, None, None, None, None, None, None, None
 
+
+_ARGUMENTS = (
+    'Tensor student, Tensor teacher, Tensor? mask=None, float steepness=100.0, '
+    'float? teacher_steepness=None, str network="bitonic", str distribution="cauchy", '
+    'float art_lambda=0.25, str reduction="mean"'
+)
 
 SOFT_SORT_CROSS_ENTROPY = Op(
-    "soft_sort_cross_entropy",
-    "(Tensor student, Tensor teacher, Tensor? mask, float steepness, float teacher_steepness, "
-    "str network, str distribution, float art_lambda, str reduction, bool compute_grad) "
-    "-> (Tensor loss, Tensor grad_student)",
+    NAME,
+    f"({_ARGUMENTS}) -> (Tensor loss, Tensor grad_student)",
     reference=reference.soft_sort_cross_entropy,
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    only_first=True,
     limits=size_limit,
 )
+
+SOFT_SORT_CROSS_ENTROPY_LOSS = Op(
+    f"{NAME}_loss",
+    f"({_ARGUMENTS}) -> Tensor",
+    reference=reference.soft_sort_cross_entropy_loss,
+    fake=_fake_loss,
+    limits=size_limit,
+)
+"""For calls without a gradient."""

@@ -13,6 +13,8 @@ gradient of the student's scores is computed here, in the forward pass, and back
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,23 +55,24 @@ def weighted(weights: Tensor, values: Tensor) -> Tensor:
 def soft_sort_cross_entropy(
     student: Tensor,
     teacher: Tensor,
-    mask: Tensor | None,
-    steepness: float,
-    teacher_steepness: float,
-    network: str,
-    distribution: str,
-    art_lambda: float,
-    reduction: str,
-    compute_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or empty)."""
+    mask: Tensor | None = None,
+    steepness: float = 100.0,
+    teacher_steepness: float | None = None,
+    network: str = "bitonic",
+    distribution: str = "cauchy",
+    art_lambda: float = 0.25,
+    reduction: str = "mean",
+    *,
+    compute_grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or None)."""
     n = student.shape[-1]
     dtype = compute_dtype(student.dtype)
-    x = student.reshape(-1, n).to(dtype)
+    x, y = student.reshape(-1, n).to(dtype), teacher.reshape(-1, n).to(dtype)
+    if teacher_steepness is None:
+        teacher_steepness = steepness
     _, trace = sort_values(x, steepness, network, distribution, art_lambda)
-    _, teacher_trace = sort_values(
-        teacher.reshape(-1, n).to(dtype), teacher_steepness, network, distribution, art_lambda
-    )
+    _, teacher_trace = sort_values(y, teacher_steepness, network, distribution, art_lambda)
     losses = x.new_zeros(len(x))
     grad_keep = [torch.zeros_like(layer.keep) for layer in trace]
     for rows in row_chunks(x, trace):
@@ -84,7 +87,12 @@ def soft_sort_cross_entropy(
     loss = weighted(weights, losses)
     loss = loss.reshape(student.shape[:-1]) if reduction == "none" else loss.sum()
     if not compute_grad:
-        return loss.to(student.dtype), x.new_empty(0)
+        return loss.to(student.dtype), None
     grad_student = sort_values_backward(torch.zeros_like(x), grad_keep, trace)
     grad_student = weighted(weights[:, None], grad_student)
     return loss.to(student.dtype), grad_student.reshape(student.shape)
+
+
+def soft_sort_cross_entropy_loss(*args: Any) -> Tensor:
+    """Only the loss, of the same arguments."""
+    return soft_sort_cross_entropy(*args, compute_grad=False)[0]
