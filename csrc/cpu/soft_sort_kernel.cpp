@@ -113,11 +113,12 @@ struct Group {
 
 template <class V, class T>
 void sort_group(
-    const SoftSortArgs<T>& args, T steepness, V* x, Weights<V>* weights, Slope<V>* slopes) {
+    const SoftSortArgs<T>& args, T steepness, V* x, V* rest, Weights<V>* weights,
+    Slope<V>* slopes) {
   const Settings<V> settings{V(steepness), V(args.art_lambda)};
 #define FMKERNELS_CASE(name)                                                    \
   case Distribution::name:                                                      \
-    return sort_values<Distribution::name>(args.plan, settings, x, weights, slopes);
+    return sort_values<Distribution::name>(args.plan, settings, x, rest, weights, slopes);
   switch (args.distribution) {
     FMKERNELS_CASE(logistic)
     FMKERNELS_CASE(logistic_phi)
@@ -158,7 +159,7 @@ void forward(const SoftSortForward<T>& args, int64_t first, int64_t last, void* 
   for (int64_t index = first; index < last; ++index) {
     const Group<V> group(index, args.sort.queries);
     group.load(args.sort.scores, n, n, 1, s.scores);
-    sort_group<V>(args.sort, args.sort.steepness, s.scores, s.student, nullptr);
+    sort_group<V>(args.sort, args.sort.steepness, s.scores, s.grad, s.student, nullptr);
     group.store(s.scores, 1, n, args.values, n);
     for_row_groups(plan, [&](int32_t row_group, auto rows) {
       constexpr int R = decltype(rows)::value;
@@ -179,7 +180,7 @@ void backward(const SoftSortBackward<T>& args, int64_t first, int64_t last, void
   for (int64_t index = first; index < last; ++index) {
     const Group<V> group(index, args.sort.queries);
     group.load(args.sort.scores, n, n, 1, s.scores);
-    sort_group<V>(args.sort, args.sort.steepness, s.scores, s.student, s.slopes);
+    sort_group<V>(args.sort, args.sort.steepness, s.scores, s.grad, s.student, s.slopes);
     clear(s.grad_keep, plan.comparator_count);
     if (args.grad_permutation != nullptr) {
       for_row_groups(plan, [&](int32_t row_group, auto rows) {
@@ -211,10 +212,10 @@ void cross_entropy(const CrossEntropyForward<T>& args, int64_t first, int64_t la
   for (int64_t index = first; index < last; ++index) {
     const Group<V> group(index, args.sort.queries);
     group.load(args.teacher, n, n, 1, s.scores);
-    sort_group<V>(args.sort, args.teacher_steepness, s.scores, s.teacher, nullptr);
+    sort_group<V>(args.sort, args.teacher_steepness, s.scores, s.grad, s.teacher, nullptr);
     group.load(args.sort.scores, n, n, 1, s.scores);
     sort_group<V>(
-        args.sort, args.sort.steepness, s.scores, s.student, with_grad ? s.slopes : nullptr);
+        args.sort, args.sort.steepness, s.scores, s.grad, s.student, with_grad ? s.slopes : nullptr);
     clear(s.grad_keep, plan.comparator_count);
     V loss(0), lost(0);
     for_row_groups(plan, [&](int32_t row_group, auto rows) {

@@ -39,11 +39,17 @@ void elementwise(
 }
 
 template <class V>
+V fourth_root_inverse(V x) {
+  return power(x, V(-0.25f));
+}
+
+template <class V>
 constexpr Numerics<typename Lanes<V>::Scalar> numerics{
     elementwise<V, log<V>>,
     elementwise<V, exp<V>>,
     elementwise<V, cauchy_tail<V>>,
     elementwise<V, erfc<V>>,
+    elementwise<V, fourth_root_inverse<V>>,
     soft_sort_kernels<V>};
 
 }  // namespace

@@ -10,7 +10,7 @@ using ElementwiseFunction = void (*)(const T* x, T* y, int64_t count);
 
 template <class T>
 struct Numerics {
-  ElementwiseFunction<T> log, exp, cauchy_tail, erfc;
+  ElementwiseFunction<T> log, exp, cauchy_tail, erfc, fourth_root_inverse;
   fmkernels::SoftSortKernels<T> soft_sort;
 };
 

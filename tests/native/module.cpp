@@ -136,6 +136,7 @@ Array<T> elementwise(const std::string& name, const Array<T>& x, int register_by
                                           : name == "exp"         ? functions.exp
                                           : name == "cauchy_tail" ? functions.cauchy_tail
                                           : name == "erfc"        ? functions.erfc
+                                          : name == "power"       ? functions.fourth_root_inverse
                                                                   : nullptr;
   if (function == nullptr) throw std::invalid_argument("unknown function " + name);
   Array<T> y = poisoned<T>({x.size()});

@@ -55,7 +55,7 @@ FMKERNELS_INLINE Weights<V> soft_swap(V delta, Settings<V> settings, Slope<V>* s
     V scale = one;
     if constexpr (distribution == Distribution::logistic_phi) {
       const V distance = absolute(delta) + V(S(1e-10));
-      const V sharpness = exp(-settings.art_lambda * log(distance));
+      const V sharpness = power(distance, -settings.art_lambda);
       scale = sharpness * (one - settings.art_lambda * (absolute(delta) / distance));
       a = a * sharpness;
     }
@@ -79,17 +79,37 @@ FMKERNELS_INLINE void mix(V& a, V& b, Weights<V> w) {
   b = w.swap * old_a + w.keep * b;
 }
 
+// a + b = sum + rest, with sum the rounded one (Knuth's TwoSum).
+template <class V>
+FMKERNELS_INLINE void add_exactly(V a, V b, V& sum, V& rest) {
+  sum = a + b;
+  const V rounded_b = sum - a;
+  rest = (a - (sum - rounded_b)) + (b - rounded_b);
+}
+
 // The value chain: sorts x in place and records every comparator's weights and (if asked) slopes.
+// A comparator leaves min + tail·|Δ| and max − tail·|Δ|; what rounding takes from these sums is kept
+// in rest (n), because everything that follows depends on small differences of the values.
 template <Distribution distribution, class V>
 FMKERNELS_INLINE void sort_values(
-    const SortingPlan& plan, Settings<V> settings, V* x, Weights<V>* weights, Slope<V>* slopes) {
+    const SortingPlan& plan, Settings<V> settings, V* x, V* rest, Weights<V>* weights,
+    Slope<V>* slopes) {
+  for (int32_t index = 0; index < plan.size; ++index) rest[index] = V(0);
   for (int32_t index = 0; index < plan.comparator_count; ++index) {
     const Comparator c = plan.comparators[index];
-    const Weights<V> w = soft_swap<distribution>(
-        x[c.hi] - x[c.lo], settings, slopes == nullptr ? nullptr : slopes + c.slot);
+    const V lo = x[c.lo], hi = x[c.hi], lo_rest = rest[c.lo], hi_rest = rest[c.hi];
+    const V delta = (hi - lo) + (hi_rest - lo_rest);
+    const Weights<V> w =
+        soft_swap<distribution>(delta, settings, slopes == nullptr ? nullptr : slopes + c.slot);
     weights[c.slot] = w;
-    mix(x[c.lo], x[c.hi], w);
+    const auto reversed = delta < V(0);
+    const V shift = select(reversed, w.keep, w.swap) * absolute(delta);
+    add_exactly(select(reversed, hi, lo), shift, x[c.lo], rest[c.lo]);
+    add_exactly(select(reversed, lo, hi), -shift, x[c.hi], rest[c.hi]);
+    rest[c.lo] += select(reversed, hi_rest, lo_rest);
+    rest[c.hi] += select(reversed, lo_rest, hi_rest);
   }
+  for (int32_t index = 0; index < plan.size; ++index) x[index] += rest[index];
 }
 
 // Back through the value chain: grad holds the gradient of the sorted values and becomes that of
