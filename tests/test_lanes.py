@@ -11,8 +11,9 @@ from fmkernels import _library
 
 ROOT = Path(__file__).parent.parent
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-# what can depend on the lane; float32 parity of every lane width is in tests/native, on more rows
-NUMBERS = "finite or bitwise or layout or stays or precision or masked_row or ties"
+NUMBERS = (  # what can depend on the lane
+    "(parity and float32) or finite or bitwise or layout or stays or precision or masked_row or ties"
+)
 EVERYTHING_ELSE = "layout or stays or masked_row or ties or empty or refus or torch_func or api"
 
 pytestmark = pytest.mark.lane

@@ -24,14 +24,9 @@ every_distribution = pytest.mark.parametrize("distribution", reference.DISTRIBUT
 
 
 def make(queries, n, dtype):
-    """Student, teacher, mask, gradient of the values, gradient of the permutation.
-
-    The scores are 0.02 and more apart: near ties turn the last bit of one score into most of the
-    error, and that bit is luck.
-    """
+    """Student, teacher, mask, gradient of the values, gradient of the permutation."""
     rng = np.random.default_rng((queries, n))
-    spaced = 0.05 * (np.arange(n) + 0.6 * rng.random((2, queries, n)))
-    student, teacher = rng.permuted(spaced, axis=-1).astype(dtype)
+    student, teacher = (0.15 * rng.normal(size=(2, queries, n))).astype(dtype)
     mask = (rng.integers(0, 3, queries) / 2).astype(dtype)
     grads = rng.normal(size=(queries, n)), rng.normal(size=(queries, n, n))
     return student, teacher, mask, *(grad.astype(dtype) for grad in grads)
@@ -74,18 +69,13 @@ def test_agrees_with_the_reference(native, network, distribution):
         same_dtype = run_reference(arrays, torch.float32, *settings)
         exact = run_reference(arrays, torch.float64, *settings)
         doubles = [array.astype(np.float64) for array in arrays]
-        # later layers of a longer row always have near ties, where the slope of logistic_phi is
-        # unbounded: kernel and PyTorch then err by 0.4 to 3 times each other, either way
-        compare_in_float32 = distribution != "logistic_phi" or n <= 7
         for size in REGISTER_BYTES:
-            if compare_in_float32:
-                actual = run(native, size, arrays, *settings)
-                for index, compared in enumerate(zip(actual, same_dtype, exact, strict=True)):
-                    name = f"result {index} of {queries} × {n} at {size} bytes"
-                    assert_parity(*compared, name=name)
+            actual = run(native, size, arrays, *settings)
+            for index, compared in enumerate(zip(actual, same_dtype, exact, strict=True)):
+                assert_parity(*compared, name=f"result {index} of {queries} × {n} at {size} bytes")
             for a, b in zip(run(native, size, doubles, *settings), exact, strict=True):
-                # some 10⁴ roundings of 10⁻¹⁶
-                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+                # some 10⁴ roundings of 10⁻¹⁶, more where near ties magnify them
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 @every_distribution

@@ -11,7 +11,7 @@ import fmkernels
 from fmkernels import _library, testing
 from fmkernels.testing import assert_parity
 
-SIZES = [(1, 1), (3, 2), (5, 7), (9, 33), (4, 49), (2, 129)]
+SIZES = [(1, 1), (3, 2), (1, 5), (60, 7), (9, 16), (9, 33), (4, 49), (1, 64), (2, 129), (1, 196)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # float64: test_diffsort.py
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
