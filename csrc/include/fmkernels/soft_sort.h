@@ -28,10 +28,10 @@ struct Settings {
   V steepness, art_lambda;
 };
 
-// Weights and slopes of a comparator whose wires differ by delta = x_hi − x_lo. Both weights come
-// from the smaller one, the tail, so neither is a difference of nearly equal numbers.
+// The smaller weight of a comparator whose wires differ by delta = x_hi − x_lo, and its slopes. Both
+// weights come from this tail, so neither is a difference of nearly equal numbers.
 template <Distribution distribution, class V>
-FMKERNELS_INLINE Weights<V> soft_swap(V delta, Settings<V> settings, Slope<V>* slope) {
+FMKERNELS_INLINE V soft_swap_tail(V delta, Settings<V> settings, Slope<V>* slope) {
   using S = typename Lanes<V>::Scalar;
   const V one(1);
   const V v = settings.steepness * delta;
@@ -67,8 +67,7 @@ FMKERNELS_INLINE Weights<V> soft_swap(V delta, Settings<V> settings, Slope<V>* s
   if (slope != nullptr) {
     *slope = {settings.steepness * density, v * density};
   }
-  const auto reversed = v < V(0);
-  return {select(reversed, tail, one - tail), select(reversed, one - tail, tail)};
+  return tail;
 }
 
 // The comparator applied to two values; also to their gradients, since it is its own transpose.
@@ -99,11 +98,12 @@ FMKERNELS_INLINE void sort_values(
     const Comparator c = plan.comparators[index];
     const V lo = x[c.lo], hi = x[c.hi], lo_rest = rest[c.lo], hi_rest = rest[c.hi];
     const V delta = (hi - lo) + (hi_rest - lo_rest);
-    const Weights<V> w =
-        soft_swap<distribution>(delta, settings, slopes == nullptr ? nullptr : slopes + c.slot);
-    weights[c.slot] = w;
+    const V tail = soft_swap_tail<distribution>(
+        delta, settings, slopes == nullptr ? nullptr : slopes + c.slot);
     const auto reversed = delta < V(0);
-    const V shift = select(reversed, w.keep, w.swap) * absolute(delta);
+    weights[c.slot] = {
+        select(reversed, tail, V(1) - tail), select(reversed, V(1) - tail, tail)};
+    const V shift = tail * absolute(delta);
     add_exactly(select(reversed, hi, lo), shift, x[c.lo], rest[c.lo]);
     add_exactly(select(reversed, lo, hi), -shift, x[c.hi], rest[c.hi]);
     rest[c.lo] += select(reversed, hi_rest, lo_rest);
