@@ -93,7 +93,7 @@ def non_negative(op: str, argument: str, value: Any) -> None:
     """A finite number that is zero or larger."""
     if not isinstance(value, (float, int, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {argument}: expected a number, got {type(value).__name__}")
-    if not 0.0 <= value < math.inf:
+    if not 0.0 <= value < math.inf:  # type: ignore[operator]
         raise ValueError(f"{op}: {argument}: expected a finite number >= 0, got {value}")
 
 

@@ -15,7 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,13 +86,19 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-@dataclasses.dataclass(frozen=True)
+class _Autograd(NamedTuple):
+    """How the apply of the two autograd functions of an op is reached."""
+
+    eager: Callable[..., Any]
+    functional: Callable[..., Any]
+
+
+@dataclasses.dataclass
 class _Route:
-    """One registered name of an op and, if it has a gradient, its autograd functions."""
+    """One registered name of an op."""
 
     overload: torch._ops.OpOverload
-    apply: Callable[..., Any] | None = None
-    apply_functional: Callable[..., Any] | None = None
+    autograd: _Autograd | None = None
 
 
 class Op:
@@ -126,29 +132,29 @@ class Op:
         self.name = name
         self.limits = limits
         self.only_first = only_first
-        self._main, self._reference = (
-            self._register(registered, signature, reference, fake, setup_context, backward)
-            for registered in (name, f"{name}_reference")
-        )
+        self._main = self._register(name, signature, reference, fake)
+        self._reference = self._register(f"{name}_reference", signature, reference, fake)
+        if setup_context is not None and backward is not None:
+            for route in (self._main, self._reference):
+                route.autograd = self._differentiable(route.overload, setup_context, backward)
         OPS[name] = self
 
     def _register(
-        self,
-        registered: str,
-        signature: str,
-        reference: Callable[..., Any],
-        fake: Callable[..., Any],
-        setup_context: Callable[..., None] | None,
-        backward: Callable[..., Any] | None,
+        self, name: str, signature: str, reference: Callable[..., Any], fake: Callable[..., Any]
     ) -> _Route:
-        LIBRARY.define(registered + signature)
-        LIBRARY.impl(registered, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fmkernels::{registered}", fake, lib=LIBRARY)
-        refuse_vmap = _refuse_vmap(self.name)
-        torch.library.register_vmap(f"fmkernels::{registered}", refuse_vmap, lib=LIBRARY)
-        overload = getattr(torch.ops.fmkernels, registered).default
-        if setup_context is None or backward is None:
-            return _Route(overload)
+        LIBRARY.define(name + signature)
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fmkernels::{name}", fake, lib=LIBRARY)
+        torch.library.register_vmap(f"fmkernels::{name}", _refuse_vmap(self.name), lib=LIBRARY)
+        return _Route(getattr(torch.ops.fmkernels, name).default)
+
+    def _differentiable(
+        self,
+        overload: torch._ops.OpOverload,
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any],
+    ) -> _Autograd:
+        only_first = self.only_first
 
         def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
             if not torch.is_grad_enabled():
@@ -156,7 +162,7 @@ class Op:
             with torch.no_grad():
                 result = backward(ctx, *grads)
             return tuple(
-                grad if grad is None else _Once.apply(self.name, grad, *ctx.saved_tensors)
+                grad if grad is None else _Once.apply(self.name, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
                 for grad in result
             )
 
@@ -165,7 +171,6 @@ class Op:
         torch.library.register_autograd(
             overload, backward_once, setup_context=setup_context, lib=LIBRARY
         )
-        only_first = self.only_first
 
         class Eager(torch.autograd.Function):
             @staticmethod
@@ -174,35 +179,32 @@ class Op:
                 setup_context(ctx, args, output)
                 return output[0] if only_first else output
 
-            backward = staticmethod(backward_once)
-
         # torch.func wants forward and setup_context apart, and asks for a vmap rule.
         class Functional(torch.autograd.Function):
             @staticmethod
             def forward(*args: Any) -> Any:
                 return overload(*args)
 
-            backward = staticmethod(backward_once)
-            vmap = staticmethod(refuse_vmap)
+            vmap = staticmethod(_refuse_vmap(self.name))
 
         Functional.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
         for function in (Eager, Functional):
+            function.backward = staticmethod(backward_once)  # type: ignore[method-assign]
             function.__name__ = function.__qualname__ = self.name
         # Function.apply binds its arguments through inspect.signature; that of its base does not
-        apply_eagerly = super(torch.autograd.Function, Eager).apply
-        return _Route(overload, apply_eagerly, Functional.apply)
+        return _Autograd(super(torch.autograd.Function, Eager).apply, Functional.apply)
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend that the dispatcher or ``fmkernels.backend`` chooses."""
         route = self._main if _requested == "auto" else self._select(args)
         if torch.compiler.is_compiling():
             output = route.overload(*args)
-        elif route.apply is None:
+        elif route.autograd is None:
             return route.overload._op(*args)
         elif torch._C._are_functorch_transforms_active():
-            output = route.apply_functional(*args)
+            output = route.autograd.functional(*args)
         elif torch.is_grad_enabled() and _any_requires_grad(args):
-            return route.apply(*args)
+            return route.autograd.eager(*args)
         else:
             output = _below_autograd(route.overload, args)
         return output[0] if self.only_first else output
@@ -212,7 +214,8 @@ class Op:
 
         To parse an argument takes as long as to sort a few values.
         """
-        defaults = [arg.default_value for arg in self._main.overload._schema.arguments][-len(last) :]
+        arguments = self._main.overload._schema.arguments[-len(last) :]
+        defaults = [argument.default_value for argument in arguments]
         while last and last[-1] == defaults[len(last) - 1]:
             last = last[:-1]
         return last
@@ -248,7 +251,7 @@ class Op:
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    for arg in args:  # a generator would take three times as long
+    for arg in args:  # noqa: SIM110, a generator takes three times as long
         if isinstance(arg, Tensor) and arg.requires_grad:
             return True
     return False

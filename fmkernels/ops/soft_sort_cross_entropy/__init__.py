@@ -10,6 +10,7 @@ from torch import Tensor
 from fmkernels import _checks
 from fmkernels._library import Op
 from fmkernels.ops.soft_sort import HALF, check_settings, check_sorts, size_limit
+from fmkernels.ops.soft_sort.reference import compute_dtype
 from fmkernels.ops.soft_sort_cross_entropy import reference
 from fmkernels.ops.soft_sort_cross_entropy.reference import REDUCTIONS
 
@@ -153,7 +154,7 @@ def _fake_loss(
 
 
 def _fake(student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    dtype = reference.compute_dtype(student.dtype)
+    dtype = compute_dtype(student.dtype)
     return _fake_loss(student, *others), student.new_empty(student.shape, dtype=dtype)
 
 
@@ -175,7 +176,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 _ARGUMENTS = (
-    'Tensor student, Tensor teacher, Tensor? mask=None, float steepness=100.0, '
+    "Tensor student, Tensor teacher, Tensor? mask=None, float steepness=100.0, "
     'float? teacher_steepness=None, str network="bitonic", str distribution="cauchy", '
     'float art_lambda=0.25, str reduction="mean"'
 )
