@@ -125,7 +125,8 @@ class Op:
             fake: shapes and dtypes of the outputs, for ``torch.compile`` and the meta device.
             setup_context: what to keep for backward, as in ``torch.autograd.Function``; trailing
                 inputs that have the schema's defaults may be missing.
-            backward: the gradient. Both or neither; it must not be differentiated again.
+            backward: the gradient of the first input, the only one that has one. Both or neither;
+                it must not be differentiated again.
             only_first: calling gives the first output alone; backward needs the others.
             limits: why the compiled kernels hand these arguments to the reference, or None.
         """
@@ -157,14 +158,14 @@ class Op:
         only_first = self.only_first
 
         def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
+            none = (None,) * (len(ctx.needs_input_grad) - 1)  # one more would cost 5 µs
             if not torch.is_grad_enabled():
-                return backward(ctx, *grads)
+                return backward(ctx, *grads), *none
             with torch.no_grad():
-                result = backward(ctx, *grads)
-            return tuple(
-                grad if grad is None else _Once.apply(self.name, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-                for grad in result
-            )
+                grad = backward(ctx, *grads)
+            if grad is not None:
+                grad = _Once.apply(self.name, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+            return grad, *none
 
         # This is what torch.compile sees. In eager mode an autograd.Function does the same at a
         # quarter of the host time.

@@ -131,12 +131,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(
     ctx: Any, grad_values: Tensor | None, grad_permutation: Tensor | None
-) -> tuple[Tensor | None, ...]:
+) -> Tensor | None:
     if grad_values is None and grad_permutation is None:
-        return (None,) * 5
+        return None
     (scores,) = ctx.saved_tensors
-    grad = SOFT_SORT_BACKWARD(grad_values, grad_permutation, scores, *ctx.settings)
-    return grad, None, None, None, None
+    return SOFT_SORT_BACKWARD(grad_values, grad_permutation, scores, *ctx.settings)  # type: ignore[no-any-return]
 
 
 SETTINGS = (

@@ -165,14 +165,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(grad_student, inputs[0])  # the student so that double backward refuses
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Tensor | None:
     if grad_loss is None:
-        return (None,) * 9
+        return None
     grad_student, student = ctx.saved_tensors
     grad = grad_student * (grad_loss.unsqueeze(-1) if grad_loss.ndim else grad_loss)
-    if grad.dtype is not student.dtype:
-        grad = grad.to(student.dtype)
-    return grad, None, None, None, None, None, None, None, None
+    return grad if grad.dtype is student.dtype else grad.to(student.dtype)
 
 
 _ARGUMENTS = (
