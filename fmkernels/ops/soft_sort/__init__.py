@@ -70,12 +70,11 @@ def soft_sort(
         >>> torch.allclose(values, torch.tensor([0.9, 0.1, 0.5]) @ permutation)
         True
     """
-    _checks.floating_tensor("soft_sort", "scores", scores)
     settings = (steepness, network, distribution, art_lambda)
     if torch.compiler.is_compiling():
-        check_settings("soft_sort", *settings)
+        _check(scores, *settings)
     else:
-        settings = _checked(scores.shape[-1], *settings)
+        settings = _checks.once(_checked, scores, scores, settings)
     if scores.dtype in HALF and torch.is_autocast_enabled(scores.device.type):
         scores = scores.float()
     return SOFT_SORT(scores, *settings)  # type: ignore[no-any-return]
@@ -84,10 +83,14 @@ def soft_sort(
 HALF = (torch.float16, torch.bfloat16)
 
 
-@_checks.remembered
-def _checked(n: int, *settings: Any) -> tuple[Any, ...]:
+def _check(scores: Tensor, *settings: Any) -> None:
+    _checks.floating_tensor("soft_sort", "scores", scores)
     check_settings("soft_sort", *settings)
-    check_sorts("soft_sort", settings[1], n)
+
+
+def _checked(scores: Tensor, _: Tensor, *settings: Any) -> tuple[Any, ...]:
+    _check(scores, *settings)
+    check_sorts("soft_sort", settings[1], scores.shape[-1])
     return SOFT_SORT.without_defaults(*_checks.plain(settings))
 
 

@@ -76,14 +76,11 @@ def soft_sort_cross_entropy(
         >>> student.grad[0, 0] > 0 > student.grad[0, 1]  # the first should sink, the second rise
         tensor(True)
     """
-    if not _checks.alike(student, teacher):
-        _checks.floating_tensor(NAME, "student", student)
-        _checks.like(NAME, "teacher", teacher, "student", student)
     settings = (steepness, teacher_steepness, network, distribution, art_lambda, reduction)
     if torch.compiler.is_compiling():
-        _check(*settings)
+        _check(student, teacher, *settings)
     else:
-        settings = _checked(student.shape[-1], *settings)
+        settings = _checks.once(_checked, student, teacher, settings)
     if mask is not None:
         mask = _check_mask(mask, student)
     dtype = student.dtype
@@ -104,6 +101,8 @@ NAME = "soft_sort_cross_entropy"
 
 
 def _check(
+    student: Tensor,
+    teacher: Tensor,
     steepness: float,
     teacher_steepness: float | None,
     network: str,
@@ -111,16 +110,17 @@ def _check(
     art_lambda: float,
     reduction: str,
 ) -> None:
+    _checks.floating_tensor(NAME, "student", student)
+    _checks.like(NAME, "teacher", teacher, "student", student)
     check_settings(NAME, steepness, network, distribution, art_lambda)
     if teacher_steepness is not None:
         _checks.non_negative(NAME, "teacher_steepness", teacher_steepness)
     _checks.choice(NAME, "reduction", reduction, REDUCTIONS)
 
 
-@_checks.remembered
-def _checked(n: int, *settings: Any) -> tuple[Any, ...]:
-    _check(*settings)
-    check_sorts(NAME, settings[2], n)
+def _checked(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[Any, ...]:
+    _check(student, teacher, *settings)
+    check_sorts(NAME, settings[2], student.shape[-1])
     return SOFT_SORT_CROSS_ENTROPY.without_defaults(*_checks.plain(settings))
 
 
