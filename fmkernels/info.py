@@ -35,6 +35,7 @@ def collect() -> dict[str, Any]:
         "instruction set": native.cpu_isa() if native is not None else "none",
         "instruction sets": list(native.cpu_isas()) if native is not None else [],
         "gpu": _gpu(),
+        "last GPU verification": _last_verification(),
         "ops": {name: op.backends() for name, op in sorted(_library.OPS.items())},
         "gpu verified": _verified(),
         "environment": {
@@ -90,6 +91,11 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none" if torch.version.cuda else "none (this torch is built for the CPU)"
     return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+
+
+def _last_verification() -> str:
+    dates = [date for backends in _verified().values() for date in backends.values()]
+    return max(dates, default="never: this build has no GPU kernel")
 
 
 def _verified() -> dict[str, dict[str, str]]:
