@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETUP := $(VENV)/built $(VENV)/ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
@@ -14,49 +15,51 @@ help: ## list the targets
 $(VENV)/torch: requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fmkernels needs Python >= 3.10; name one with make PYTHON=..."; exit 1; }
-	@echo "[1/3] making $(VENV) with $$($(PYTHON) --version), and PyTorch"
+	@echo "[1/3] making $(VENV) with $$($(PYTHON) --version), and PyTorch (the largest download)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet "$$(grep '^torch==' requirements-dev.txt)" "setuptools>=77" wheel
+	@$(PIP) install --quiet "$$(grep '^torch==' requirements-dev.txt)" "setuptools>=77" numpy wheel
 	@touch $@
 
-$(VENV)/ready: $(VENV)/torch requirements-dev.txt pyproject.toml setup.py
-	@echo "[2/3] installing fmkernels, its tests and the packages that it is compared with"
-	@$(PIP) install --quiet --no-build-isolation --requirement requirements-dev.txt
-	@touch $(VENV)/built $@
-
-$(VENV)/built: $(VENV)/ready $(SOURCES)
-	@echo "[3/3] compiling the kernels that changed"
+$(VENV)/built: $(VENV)/torch setup.py $(SOURCES)
+	@echo "[2/3] compiling the kernels that changed"
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-demo: $(VENV)/built ## NeCo's loss on photographs, beside diffsort
+# Built first, because that says what it is doing and pip would not.
+$(VENV)/ready: $(VENV)/torch requirements-dev.txt pyproject.toml setup.py | $(VENV)/built
+	@echo "[3/3] installing fmkernels, its tests and what it is compared with (a minute or two)"
+	@$(PIP) install --quiet --no-build-isolation --requirement requirements-dev.txt
+	@touch $@
+
+demo: $(SETUP) ## NeCo's loss on photographs, beside diffsort
 	$(BIN)/python -m fmkernels demo
 
-test: $(VENV)/built ## all tests
+test: $(SETUP) ## all tests (some minutes)
 	$(BIN)/python -m pytest -q --durations=10
 
-lint: $(VENV)/built ## style and types
+lint: $(SETUP) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory typecheck
 
 typecheck: wheel ## mypy, against the installed wheel
 	$(PIP) install --quiet --no-deps --target build/typecheck --upgrade dist/*.whl
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p fmkernels
 
-format: $(VENV)/built ## rewrite Python into the house style
+format: $(SETUP) ## rewrite Python into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(VENV)/built ## dist/fmkernels-*.whl
+wheel: $(SETUP) ## dist/fmkernels-*.whl
 	rm -rf dist build/lib* build/bdist*
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist
 
-bench: $(VENV)/built ## measure, write benchmarks/results and the README's tables
+bench: $(SETUP) ## measure, write benchmarks/results and the README's tables
 	$(BIN)/python -m fmkernels bench --save
 	$(BIN)/python benchmarks/report.py
 
-readme: $(VENV)/built ## the README's tables and plots from benchmarks/results
+readme: $(SETUP) ## the README's tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
 clean: ## remove what was built, and .venv

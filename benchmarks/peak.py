@@ -4,6 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import measure
 import torch
 
 
@@ -15,11 +16,11 @@ def status(field: str) -> int:
 
 
 def main() -> None:
-    module, workload, provider = sys.argv[1:]
-    torch.set_num_threads(2)
-    bench = importlib.import_module(module)
-    bench.WORKLOADS["warm-up"].step(provider)()  # import and initialise everything
-    step = bench.WORKLOADS[workload].step(provider)
+    module, name, provider = sys.argv[1:]
+    torch.set_num_threads(measure.THREADS)
+    workload = importlib.import_module(module).WORKLOADS[name]
+    workload.tiny().step(provider)()  # import and initialise everything
+    step = workload.step(provider)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = status("VmRSS")
     step()

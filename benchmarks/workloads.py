@@ -1,43 +1,104 @@
-"""The canonical problems of NeCo's sort, and every provider's step on them."""
+"""The canonical problems of NeCo's sort: their inputs, their work, and anyone's step on them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
-from diffsort import DiffSortNet
+from providers import PROVIDERS, Provider
 from torch import Tensor
-from torch.nn import functional as F
 
-import fmkernels
 from fmkernels.ops.soft_sort.networks import layers
 
-STEEPNESS = 100.0
+INPUT_SETS = 4
+"""Calls take their inputs from these in turn: a user's are new at every step, too."""
 
 
-@dataclass
-class Sorting:
-    """Rows of n scores with a spread of 0.15, bitonic, cauchy, steepness 100.
+class Workload:
+    """A problem: ``rows`` of ``n`` to be sorted, differentiated with respect to its first input."""
 
-    ``loss`` says whether the step is forward + backward of the cross entropy between two sorts, or
-    of the permutation matrix of one.
+    rows: int
+    n: int
+
+    def inputs(self, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """The first requires a gradient. Those of float64 are those of float32, widened."""
+        raise NotImplementedError
+
+    def output(self, provider: Provider, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def arriving(self, seed: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The gradient of the output; None where that is a scalar."""
+        return None
+
+    def operations(self) -> int:
+        """Multiplications and additions that forward + backward cannot do without."""
+        raise NotImplementedError
+
+    def bytes_moved(self) -> int:
+        """What forward + backward must read and write at least."""
+        raise NotImplementedError
+
+    def tiny(self) -> Workload:
+        """The same on next to nothing, to import and initialise everything."""
+        raise NotImplementedError
+
+    def forward(self, provider: str, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+        functions = PROVIDERS[provider](self.n)
+        return lambda: self.output(functions, *inputs)
+
+    def step(self, provider: str, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+        """Forward and backward; returns the gradient. The first call takes the first inputs."""
+        functions = PROVIDERS[provider](self.n)
+        sets = [(self.inputs(i, dtype), self.arriving(i, dtype)) for i in range(INPUT_SETS)]
+        turns = itertools.cycle(sets)
+
+        def run() -> Tensor:
+            inputs, arriving = next(turns)
+            return torch.autograd.grad(self.output(functions, *inputs), inputs[0], arriving)[0]
+
+        return run
+
+
+@dataclass(frozen=True)
+class Sorting(Workload):
+    """Scores with a spread of 0.15.
+
+    ``result`` is what is differentiated: ``"loss"`` between two sorts, or the permutation
+    ``"matrix"`` or the sorted ``"values"`` of one.
     """
 
     rows: int
     n: int
-    loss: bool = True
-    cache: dict[str, object] = field(default_factory=dict)
+    result: str = "loss"
+
+    def inputs(self, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        student, teacher = (0.15 * normal(seed, 2, self.rows, self.n)).to(dtype)
+        return (student.requires_grad_(), teacher)[: 2 if self.result == "loss" else 1]
+
+    def output(self, provider: Provider, *inputs: Tensor) -> Tensor:
+        if self.result == "loss":
+            return provider.soft_sort_cross_entropy(*inputs)
+        return provider.soft_sort(*inputs)[self.result == "matrix"]
+
+    def arriving(self, seed: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        if self.result == "loss":
+            return None
+        shape = (self.rows, self.n, self.n)[: 3 if self.result == "matrix" else 2]
+        return normal(INPUT_SETS + seed, *shape).to(dtype)
 
     def operations(self) -> int:
-        """Multiplications and additions of the fused step, rows of X in their support only.
+        """Of the rows of X, in their support only; of the row of values for ``"values"``.
 
-        Per comparator and row of X: 6 to mix (the teacher's, or the forward pass of the matrix), 7
-        to mix and keep the difference, 7 to go back.
+        Per comparator and row: 6 to mix (the teacher's, or the forward pass of one), 7 to mix and
+        keep the difference, 7 to go back.
         """
+        everything = set(range(self.n))
+        rows = [everything] if self.result == "values" else [{row} for row in everything]
         reached_pairs = 0
-        for row in range(self.n):
-            reached = {row}
+        for reached in rows:
             for lo, hi in layers("bitonic", self.n):
                 touched = [pair for pair in zip(lo, hi, strict=True) if reached & set(pair)]
                 reached.update(wire for pair in touched for wire in pair)
@@ -45,101 +106,57 @@ class Sorting:
         return self.rows * reached_pairs * (6 + 7 + 7)
 
     def bytes_moved(self) -> int:
-        """What must be read and written at least: scores, gradient, and P where it is asked for."""
-        return 4 * self.rows * self.n * (3 if self.loss else 2 + 2 * self.n)
+        """Scores, gradient, and P with its gradient where it is asked for."""
+        per_row = {"loss": 3, "matrix": 2 + 2 * self.n, "values": 4}[self.result]
+        return 4 * self.rows * self.n * per_row
 
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        if "inputs" not in self.cache:
-            generator = torch.Generator().manual_seed(0)
-            student, teacher = 0.15 * torch.randn(2, self.rows, self.n, generator=generator)
-            self.cache["inputs"] = student.requires_grad_(), teacher
-        return self.cache["inputs"]  # type: ignore[return-value]
-
-    def forward(self, provider: str) -> Callable[[], Tensor]:
-        student, teacher = self.inputs()
-        if provider in ("fmkernels", "reference"):
-            backend = "auto" if provider == "fmkernels" else "reference"
-
-            def run() -> Tensor:
-                with fmkernels.backend(backend):
-                    if self.loss:
-                        return fmkernels.soft_sort_cross_entropy(
-                            student, teacher, steepness=STEEPNESS
-                        )
-                    return fmkernels.soft_sort(student, steepness=STEEPNESS)[1]
-
-            return run
-        sorter = DiffSortNet("bitonic", self.n, steepness=STEEPNESS, distribution="cauchy")
-        sort = torch.compile(sorter) if provider == "diffsort-compiled" else sorter
-
-        def peer() -> Tensor:
-            _, p = sort(student)
-            if not self.loss:
-                return p
-            with torch.no_grad():
-                _, q = sort(teacher)
-            return -(q * p.log()).sum(dim=-1).mean()
-
-        return peer
-
-    def step(self, provider: str) -> Callable[[], Tensor]:
-        """Forward and backward; returns the gradient of the scores."""
-        forward, (student, _) = self.forward(provider), self.inputs()
-        arriving = None if self.loss else self.arriving()
-
-        def run() -> Tensor:
-            output = forward()
-            return torch.autograd.grad(output, student, arriving)[0]
-
-        return run
-
-    def arriving(self) -> Tensor:
-        if "arriving" not in self.cache:
-            generator = torch.Generator().manual_seed(1)
-            self.cache["arriving"] = torch.randn(self.rows, self.n, self.n, generator=generator)
-        return self.cache["arriving"]  # type: ignore[return-value]
+    def tiny(self) -> Sorting:
+        return replace(self, rows=4, n=4)
 
 
-@dataclass
-class Features:
-    """patch_neighbor_loss from features (batch, patches, dim), as many references."""
+@dataclass(frozen=True)
+class Features(Workload):
+    """patch_neighbor_loss of ``batch`` images with ``n`` patches each, and as many references."""
 
     batch: int
-    patches: int = 49
+    n: int = 49
     dim: int = 256
 
-    def step(self, provider: str) -> Callable[[], Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        shape = (3, self.batch, self.patches, self.dim)
-        student, teacher, references = torch.randn(shape, generator=generator).unbind()
-        student.requires_grad_()
-        sorter = DiffSortNet("bitonic", self.patches, steepness=STEEPNESS)
+    @property
+    def rows(self) -> int:
+        return self.batch * self.n
 
-        def similarities(patches: Tensor) -> Tensor:
-            patches, others = F.normalize(patches, dim=-1), F.normalize(references, dim=-1)
-            return torch.einsum("bnd,brd->bnr", patches, others).flatten(0, 1)
+    def inputs(self, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        student, teacher, references = normal(seed, 3, self.batch, self.n, self.dim).to(dtype)
+        return student.requires_grad_(), teacher, references
 
-        def run() -> Tensor:
-            if provider == "fmkernels":
-                loss = fmkernels.patch_neighbor_loss(student, teacher, references)
-            else:
-                _, p = sorter(similarities(student))
-                with torch.no_grad():
-                    _, q = sorter(similarities(teacher))
-                loss = -(q * p.log()).sum(dim=-1).mean()
-            return torch.autograd.grad(loss, student)[0]
+    def output(self, provider: Provider, *inputs: Tensor) -> Tensor:
+        return provider.patch_neighbor_loss(*inputs)
 
-        return run
+    def operations(self) -> int:
+        """The sort, and the products of the student, the teacher and the student's gradient."""
+        return Sorting(self.rows, self.n).operations() + 3 * 2 * self.rows * self.n * self.dim
+
+    def bytes_moved(self) -> int:
+        return 4 * 4 * self.rows * self.dim
+
+    def tiny(self) -> Features:
+        return Features(batch=2, n=4, dim=8)
 
 
-WORKLOADS: dict[str, Sorting | Features] = {
-    "warm-up": Sorting(4, 4),
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+WORKLOADS: dict[str, Workload] = {
     "neco-step": Sorting(392, 49),
     "neco-196": Sorting(196, 196),
     "neco-196-small": Sorting(4, 196),
     "neco-features": Features(8),
-    "soft-sort-matrix": Sorting(392, 49, loss=False),
-    "soft-sort-matrix-16": Sorting(3136, 16, loss=False),
-    "soft-sort-matrix-64": Sorting(392, 64, loss=False),
-    "soft-sort-matrix-256": Sorting(8, 256, loss=False),
+    "soft-sort-matrix": Sorting(3136, 49, "matrix"),
+    "soft-sort-matrix-392": Sorting(392, 49, "matrix"),
+    "soft-sort-matrix-16": Sorting(3136, 16, "matrix"),
+    "soft-sort-matrix-64": Sorting(392, 64, "matrix"),
+    "soft-sort-matrix-256": Sorting(8, 256, "matrix"),
+    "soft-sort-values": Sorting(3136, 49, "values"),
 }

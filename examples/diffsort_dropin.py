@@ -4,6 +4,7 @@ import importlib.util
 import time
 
 import torch
+
 from fmkernels.api import DiffSortNet  # was: from diffsort import DiffSortNet
 
 

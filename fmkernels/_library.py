@@ -46,14 +46,14 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 native, native_error = _load_native()
 
 
-def _check_backend(name: str) -> str:
+def _check_backend(name: str, what: str = "backend: name") -> str:
     if name != "auto" and name not in BACKENDS:
         choices = ", ".join(("auto", *BACKENDS))
-        raise ValueError(f"backend: name: expected one of {choices}, got {name!r}")
+        raise ValueError(f"{what}: expected one of {choices}, got {name!r}")
     return name
 
 
-_requested = _check_backend(os.environ.get("FMKERNELS_BACKEND", "auto"))
+_requested = _check_backend(os.environ.get("FMKERNELS_BACKEND", "auto"), "FMKERNELS_BACKEND")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The demo on a small setting; what it says where a package is missing."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -39,14 +40,21 @@ def hide(monkeypatch):
 
 @has_photographs
 @pytest.mark.usefixtures("small")
-def test_trains_draws_and_compares(tmp_path, capsys):
+def test_trains_draws_and_compares(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("diffsort")
+    monkeypatch.setattr(comparison, "busy_cores", lambda: 1.5)
     picture = tmp_path / "new" / "picture.png"
     assert demo.run(picture, steps=20) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
-    for words in ("rank correlation", "time of a step", "peak extra memory", "threads"):
+    for words in (
+        "rank correlation",
+        "time of a step",
+        "peak extra memory",
+        "threads",
+        "one thread",
+    ):
         assert words in output
 
 
@@ -95,6 +103,10 @@ def test_both_packages_give_the_same_step():
         for step in comparison.STEPS.values()
     ]
     torch.testing.assert_close(steps[0], steps[1], rtol=1e-9, atol=1e-15)
+
+
+def test_busy_cores():
+    assert 0 <= comparison.busy_cores(seconds=0.1) <= os.cpu_count() + 1
 
 
 def test_peak_memory_of_a_fresh_process():

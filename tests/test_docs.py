@@ -6,10 +6,10 @@ import pkgutil
 import re
 from pathlib import Path
 
-import fmkernels.api
 import pytest
 
 import fmkernels
+import fmkernels.api
 import fmkernels.testing
 from fmkernels.ops.soft_sort.networks import sorts
 

@@ -22,7 +22,7 @@ class ThreadScratch {
       own_ = allocate(bytes);
       memory_ = own_.get();
     }
-    poison(memory_, bytes);
+    if (poisoning()) poison(memory_, bytes);
   }
 
   void* memory() const { return memory_; }

@@ -55,7 +55,9 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
       type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  poison(tensor.data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  if (poisoning()) {
+    poison(tensor.data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  }
   return tensor;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import statistics
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ ROWS, SIZE, STEEPNESS = 392, 49, 100.0
 PAIRS = 9
 BUDGET_S = 15.0
 """After this long a slow machine stops with fewer pairs."""
+
+PROCESSOR_TIMES = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,19 @@ def fmkernels_step(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def diffsort_step(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The same as NeCo's released code composes it."""
-    from diffsort import DiffSortNet
-
-    sorter = DiffSortNet("bitonic", SIZE, steepness=STEEPNESS, distribution="cauchy")
+    sorter = _diffsort_network()
     _, p = sorter(student)
     with torch.no_grad():
         _, q = sorter(teacher)
     loss = -(q * p.log()).sum(dim=-1).mean()
     return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+@functools.cache
+def _diffsort_network() -> Any:
+    from diffsort import DiffSortNet
+
+    return DiffSortNet("bitonic", SIZE, steepness=STEEPNESS, distribution="cauchy")
 
 
 STEPS = {"fmkernels": fmkernels_step, "diffsort": diffsort_step}
@@ -103,9 +112,20 @@ def compare() -> Comparison:
     )
 
 
-def other_load() -> float:
-    """Programs that ran in the last minute, on average; 0 where the system does not say."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+def busy_cores(seconds: float = 0.5) -> float:
+    """Cores that other programs use just now; 0 where the system does not say (Linux does)."""
+    if not PROCESSOR_TIMES.exists():
+        return 0.0
+
+    def used_s() -> float:
+        fields = map(int, PROCESSOR_TIMES.read_text().split(maxsplit=9)[1:9])
+        user, nice, system, _idle, _waiting, *interrupts_and_stolen = fields
+        ticks = user + nice + system + sum(interrupts_and_stolen)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    before = used_s()
+    time.sleep(seconds)
+    return (used_s() - before) / seconds
 
 
 def _seconds(step: Callable[..., object], inputs: tuple[Tensor, Tensor], calls: int) -> float:

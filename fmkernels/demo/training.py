@@ -114,7 +114,7 @@ class Experiment:
         references = teacher.flatten(0, 1)[shuffled].view_as(teacher)
         loss = fmkernels.patch_neighbor_loss(student, teacher, references, steepness=STEEPNESS)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.schedule.step()
         return loss.item()

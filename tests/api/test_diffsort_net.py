@@ -5,6 +5,7 @@ import copy
 import diffsort
 import pytest
 import torch
+
 from fmkernels.api import DiffSortNet
 
 

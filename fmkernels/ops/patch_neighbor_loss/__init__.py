@@ -62,7 +62,7 @@ def patch_neighbor_loss(
         steepness of 100 the rounding of a bfloat16 similarity would reorder neighbours.
 
     Source:
-        Pariza et al., *NeCo*, ICLR 2025, section 3.
+        Pariza et al., *NeCo*, ICLR 2025.
 
     Example:
         >>> import torch, fmkernels

@@ -152,7 +152,8 @@ def _output_patterns(n: int, follow: int | None) -> tuple[np.ndarray, bool]:
 def _unsorted(patterns: np.ndarray, *, descending: bool) -> np.ndarray:
     if descending:
         patterns = patterns[:, ::-1]
-    return np.any(patterns[:, :-1] > patterns[:, 1:], axis=1)
+    falls: np.ndarray = np.any(patterns[:, :-1] > patterns[:, 1:], axis=1)
+    return falls
 
 
 def _merge_patterns(
@@ -179,9 +180,9 @@ def _merge_patterns(
     upwards = state[::-1] if descending else state
     unsorted = np.bitwise_or.reduce(upwards[:-1] & ~upwards[1:], axis=0)
     if not unsorted.any():  # one pattern per number of ones
-        sorted_up = np.arange(wires)[None, :] >= wires - np.arange(wires + 1)[:, None]
         ones = np.unique(patterns.sum(axis=1)[:, None] + partner.sum(axis=1)[None, :])
-        return (sorted_up[:, ::-1] if descending else sorted_up)[ones]
+        sorted_up = np.arange(wires)[None, :] >= wires - ones[:, None]
+        return sorted_up[:, ::-1] if descending else sorted_up
     if follow is not None:
         state = state[:, np.flatnonzero(unsorted)[:follow]]
         cases = min(cases, 8 * state.shape[1])

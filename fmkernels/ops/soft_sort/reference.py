@@ -124,10 +124,10 @@ def sort_values(
 ) -> tuple[Tensor, list[Swap]]:
     """The soft-sorted values (rows, n) and every layer's weights."""
     values, trace = scores, []
-    for lo, hi in layers(network, scores.shape[-1]):
-        wires = torch.tensor([lo, hi], device=scores.device)
-        delta = values[:, wires[1]] - values[:, wires[0]]
-        layer = Swap(*wires, *soft_swap(delta, steepness, distribution, art_lambda))
+    for wires in layers(network, scores.shape[-1]):
+        lo, hi = torch.tensor(wires, device=scores.device)
+        delta = values[:, hi] - values[:, lo]
+        layer = Swap(lo, hi, *soft_swap(delta, steepness, distribution, art_lambda))
         trace.append(layer)
         values = mix(values, layer)
     return values, trace

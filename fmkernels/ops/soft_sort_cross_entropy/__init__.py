@@ -65,7 +65,7 @@ def soft_sort_cross_entropy(
         the forward pass and kept, (…, n) in float32; nothing else is. Bitwise deterministic.
 
     Source:
-        Pariza et al., *NeCo*, ICLR 2025, equation 5; diffsort for the networks.
+        Pariza et al., *NeCo*, ICLR 2025; diffsort for the networks.
 
     Example:
         >>> import torch, fmkernels
@@ -169,7 +169,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Tensor | None:
     if grad_loss is None:
         return None
     grad_student, student = ctx.saved_tensors
-    grad = grad_student * (grad_loss.unsqueeze(-1) if grad_loss.ndim else grad_loss)
+    grad: Tensor = grad_student * (grad_loss.unsqueeze(-1) if grad_loss.ndim else grad_loss)
     return grad if grad.dtype is student.dtype else grad.to(student.dtype)
 
 

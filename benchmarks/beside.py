@@ -1,0 +1,44 @@
+"""python beside.py WORKLOAD PEER: how many times faster than the peer, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import measure
+import parity
+import torch
+from workloads import WORKLOADS
+
+
+def beside(name: str, peer: str, yardstick: str | None = None) -> dict[str, Any]:
+    """Parity, then the ratio. ``yardstick`` judges where the peer computes something else."""
+    workload = WORKLOADS[name]
+    found = parity.check(workload, yardstick or peer)
+    ratio = measure.ratio(**{peer: workload.step(peer), "fmkernels": workload.step("fmkernels")})
+    return ratio | found
+
+
+def in_a_process(name: str, peer: str, limit_s: float = 600, **environment: str) -> dict[str, Any]:
+    """The same in a process of its own: for what is read at start-up, or may take for ever.
+
+    Raises:
+        subprocess.TimeoutExpired: after ``limit_s`` seconds.
+    """
+    output = subprocess.run(
+        [sys.executable, __file__, name, peer],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=limit_s,
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(measure.THREADS)
+    print(json.dumps(beside(*sys.argv[1:])))
