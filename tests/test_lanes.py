@@ -65,3 +65,10 @@ def test_an_instruction_set_that_cannot_run_is_refused():
         f"FMKERNELS_CPU_ISA: expected one that runs on this machine ({choices}), got 'avx1024'"
         in result.stderr
     )
+
+
+def test_a_backend_that_does_not_exist_is_refused():
+    result = run("-c", "import fmkernels", FMKERNELS_BACKEND="nonsense")
+    assert result.returncode != 0
+    choices = "auto, cpp, triton, cuda, reference"
+    assert f"FMKERNELS_BACKEND: expected one of {choices}, got 'nonsense'" in result.stderr

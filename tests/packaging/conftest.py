@@ -12,7 +12,18 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_COPIED = (".git", ".venv", ".peers", "build", "dist", "*.egg-info", "__pycache__", "*_cache")
+NOT_COPIED = (
+    ".git",
+    ".venv",
+    ".peers",
+    ".hypothesis",
+    ".benchmarks",
+    "build",
+    "dist",
+    "*.egg-info",
+    "__pycache__",
+    "*_cache",
+)
 
 if not (ROOT / "setup.py").exists():
     collect_ignore_glob = ["test_*.py"]

@@ -127,20 +127,6 @@ def test_benchmarks_of_a_wheel_say_where_they_are(built, run_python):
     assert "source checkout" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "choices"),
-    [
-        ("FMKERNELS_BACKEND", "nonsense", "one of auto, cpp"),
-        ("FMKERNELS_CPU_ISA", "avx1024", "one that runs on this machine (auto, baseline"),
-    ],
-)
-def test_a_wrong_environment_is_named(built, run_python, name, value, choices):
-    done = run_python("-c", "import fmkernels", path=built.installed, check=False, **{name: value})
-    assert done.returncode == 1
-    assert f"ValueError: {name}: expected {choices}" in done.stdout
-    assert done.stdout.endswith(f"got {value!r}\n")
-
-
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["info", "--no-such-flag"]])
 def test_wrong_calls_exit_with_2(arguments, capsys):
     from fmkernels import cli
