@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 BACKENDS = ("cpp", "triton", "cuda", "reference")
 DEVICE_OF = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -198,7 +199,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend that the dispatcher or ``fmkernels.backend`` chooses."""
         route = self._main if _requested == "auto" else self._select(args)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             output = route.overload(*args)
         elif route.autograd is None:
             return route.overload._op(*args)
@@ -251,6 +252,11 @@ class Op:
         return {name: self.why_not(name) for name in BACKENDS}
 
 
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_set_excluded = torch._C._dispatch_tls_set_dispatch_key_excluded
+
+
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
     for arg in args:  # noqa: SIM110, a generator takes three times as long
         if isinstance(arg, Tensor) and arg.requires_grad:
@@ -260,13 +266,12 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
 
 def _below_autograd(overload: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
     """Call past the Python autograd kernel, which costs 8 µs even if no gradient is asked for."""
-    key = torch._C.DispatchKey.AutogradFunctionality
-    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
-    torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+    excluded = _is_excluded(_AUTOGRAD)
+    _set_excluded(_AUTOGRAD, True)
     try:
         return overload._op(*args)
     finally:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+        _set_excluded(_AUTOGRAD, excluded)
 
 
 def _refuse_vmap(name: str) -> Callable[..., Any]:

@@ -13,9 +13,9 @@ std::tuple<Tensor, Tensor> forward(
     const Tensor& scores, double steepness, const std::string& network,
     const std::string& distribution, double art_lambda) {
   std::vector<int64_t> shape = shape_of(scores);
-  Tensor values = empty(shape, scores.scalar_type());
+  Tensor values = empty<T>(shape);
   shape.push_back(shape.back());
-  Tensor permutation = empty(shape, scores.scalar_type());
+  Tensor permutation = empty<T>(shape);
   const SoftSortForward<T> args{
       soft_sort_args<T>(scores, steepness, network, distribution, art_lambda), data_of<T>(values),
       data_of<T>(permutation)};
@@ -28,7 +28,7 @@ Tensor backward(
     const std::optional<Tensor>& grad_values, const std::optional<Tensor>& grad_permutation,
     const Tensor& scores, double steepness, const std::string& network,
     const std::string& distribution, double art_lambda) {
-  Tensor grad_scores = empty(shape_of(scores), scores.scalar_type());
+  Tensor grad_scores = empty<T>(shape_of(scores));
   const SoftSortBackward<T> args{
       soft_sort_args<T>(scores, steepness, network, distribution, art_lambda),
       grad_values ? data_of<const T>(*grad_values) : nullptr,
@@ -45,10 +45,10 @@ std::tuple<Tensor, Tensor> soft_sort(
         "soft_sort", scores, steepness, network, distribution, art_lambda);
   }
   const ScalarType type = scores.scalar_type();
-  const Tensor x = dense(scores, compute_type(scores));
+  const Tensor x = dense(scores, compute_type(type));
   auto [values, permutation] =
-      is_double(x) ? forward<double>(x, steepness, network, distribution, art_lambda)
-                   : forward<float>(x, steepness, network, distribution, art_lambda);
+      type == ScalarType::Double ? forward<double>(x, steepness, network, distribution, art_lambda)
+                                 : forward<float>(x, steepness, network, distribution, art_lambda);
   return {in_type(values, type), in_type(permutation, type)};
 }
 
@@ -61,23 +61,23 @@ Tensor soft_sort_backward(
         "soft_sort_backward", grad_values, grad_permutation, scores, steepness, network,
         distribution, art_lambda);
   }
-  const Tensor x = dense(scores, compute_type(scores));
+  const ScalarType type = scores.scalar_type();
+  const Tensor x = dense(scores, compute_type(type));
   if (grad_values) {
     check_count("grad_values", *grad_values, x.numel());
-    grad_values = dense(*grad_values, x.scalar_type());
+    grad_values = dense(*grad_values, compute_type(type));
   }
   if (grad_permutation) {
     check_count("grad_permutation", *grad_permutation, x.numel() * x.size(-1));
-    grad_permutation = dense(*grad_permutation, x.scalar_type());
+    grad_permutation = dense(*grad_permutation, compute_type(type));
   }
   const Tensor grad_scores =
-      is_double(x) ? backward<double>(
-                         grad_values, grad_permutation, x, steepness, network, distribution,
-                         art_lambda)
-                   : backward<float>(
-                         grad_values, grad_permutation, x, steepness, network, distribution,
-                         art_lambda);
-  return in_type(grad_scores, scores.scalar_type());
+      type == ScalarType::Double
+          ? backward<double>(
+                grad_values, grad_permutation, x, steepness, network, distribution, art_lambda)
+          : backward<float>(
+                grad_values, grad_permutation, x, steepness, network, distribution, art_lambda);
+  return in_type(grad_scores, type);
 }
 
 }  // namespace

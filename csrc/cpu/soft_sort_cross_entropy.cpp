@@ -39,7 +39,7 @@ Tensor run(
     shape = shape_of(student);
     shape.pop_back();
   }
-  const Tensor result = empty(shape, student.scalar_type());
+  const Tensor result = empty<T>(shape);
   const SoftSortArgs<T> sort = soft_sort_args<T>(
       student, settings.steepness, settings.network, settings.distribution, settings.art_lambda);
   std::vector<T> reduced_losses(reduce ? sort.queries : 0);
@@ -64,19 +64,21 @@ Tensor run(
 std::tuple<Tensor, std::optional<Tensor>> cross_entropy(
     const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
     const Settings& settings, bool with_grad) {
-  const ScalarType type = compute_type(student);
-  const Tensor x = dense(student, type), y = dense(teacher, type);
+  const ScalarType type = student.scalar_type(), arithmetic = compute_type(type);
+  const Tensor x = dense(student, arithmetic), y = dense(teacher, arithmetic);
   check_count("teacher", y, x.numel());
   if (mask) {
     check_count("mask", *mask, x.numel() / (x.size(-1) > 0 ? x.size(-1) : 1));
-    mask = dense(*mask, type);
+    mask = dense(*mask, arithmetic);
   }
   std::optional<Tensor> grad;
-  if (with_grad) grad = empty(shape_of(x), type);
-  const Tensor* target = grad ? &*grad : nullptr;
-  const Tensor loss = is_double(x) ? run<double>(x, y, mask, settings, target)
-                                   : run<float>(x, y, mask, settings, target);
-  return {in_type(loss, student.scalar_type()), grad};
+  const auto run_in = [&](auto zero) {
+    using T = decltype(zero);
+    if (with_grad) grad = empty<T>(shape_of(x));
+    return run<T>(x, y, mask, settings, grad ? &*grad : nullptr);
+  };
+  const Tensor loss = type == ScalarType::Double ? run_in(0.0) : run_in(0.0f);
+  return {in_type(loss, type), grad};
 }
 
 std::tuple<Tensor, Tensor> soft_sort_cross_entropy(

@@ -18,11 +18,9 @@ namespace fmkernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
 // float64 is computed in float64, everything narrower in float32.
-inline ScalarType compute_type(const Tensor& tensor) {
-  return is_double(tensor) ? ScalarType::Double : ScalarType::Float;
+inline ScalarType compute_type(ScalarType type) {
+  return type == ScalarType::Double ? type : ScalarType::Float;
 }
 
 // The same numbers, dense, in `type`; no copy where they already are.
@@ -31,8 +29,10 @@ inline Tensor dense(const Tensor& tensor, ScalarType type) {
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
-inline Tensor in_type(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+// A result of compute_type(type), in `type`. A tensor is not asked for its own dtype where it is
+// known: that takes a dozen calls of the shim.
+inline Tensor in_type(const Tensor& result, ScalarType type) {
+  return type == compute_type(type) ? result : torch::stable::to(result, type);
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {
@@ -40,9 +40,10 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
-// An uninitialised dense CPU tensor. The C shim allocates without a trip through the dispatcher,
+// An uninitialised dense CPU tensor of float or double. The C shim allocates without a trip through the dispatcher,
 // which would cost more than a small sort.
-inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+template <class T>
+Tensor empty(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) {
@@ -52,11 +53,11 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   if (poisoning()) {
-    poison(tensor.data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size());
+    poison(tensor.data_ptr(), static_cast<size_t>(tensor.numel()) * sizeof(T));
   }
   return tensor;
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fmkernels import _checks
 from fmkernels._library import Op
@@ -71,11 +72,12 @@ def soft_sort(
         True
     """
     settings = (steepness, network, distribution, art_lambda)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         _check(scores, *settings)
+        half = scores.dtype in HALF
     else:
-        settings = _checks.once(_checked, scores, scores, settings)
-    if scores.dtype in HALF and torch.is_autocast_enabled(scores.device.type):
+        half, settings = _checks.once(_checked, scores, scores, settings)
+    if half and torch.is_autocast_enabled(scores.device.type):
         scores = scores.float()
     return SOFT_SORT(scores, *settings)  # type: ignore[no-any-return]
 
@@ -88,10 +90,11 @@ def _check(scores: Tensor, *settings: Any) -> None:
     check_settings("soft_sort", *settings)
 
 
-def _checked(scores: Tensor, _: Tensor, *settings: Any) -> tuple[Any, ...]:
+def _checked(scores: Tensor, _: Tensor, *settings: Any) -> tuple[bool, tuple[Any, ...]]:
+    """Whether it is a narrow dtype, and the settings for the op."""
     _check(scores, *settings)
     check_sorts("soft_sort", settings[1], scores.shape[-1])
-    return SOFT_SORT.without_defaults(*_checks.plain(settings))
+    return scores.dtype in HALF, SOFT_SORT.without_defaults(*_checks.plain(settings))
 
 
 def check_settings(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fmkernels import _checks
 from fmkernels._library import Op
@@ -77,23 +78,23 @@ def soft_sort_cross_entropy(
         tensor(True)
     """
     settings = (steepness, teacher_steepness, network, distribution, art_lambda, reduction)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         _check(student, teacher, *settings)
+        wide = False
     else:
-        settings = _checks.once(_checked, student, teacher, settings)
+        wide, settings = _checks.once(_checked, student, teacher, settings)
     if mask is not None:
         mask = _check_mask(mask, student)
-    dtype = student.dtype
-    if dtype is not teacher.dtype:
-        dtype = torch.promote_types(dtype, teacher.dtype)
-        student, teacher = student.to(dtype), teacher.to(dtype)
-    if dtype in HALF and torch.is_autocast_enabled(student.device.type):
-        student, teacher = student.float(), teacher.float()
-    if teacher.requires_grad:
-        teacher = teacher.detach()
-
-    needs_grad = student.requires_grad and torch.is_grad_enabled()
-    run = SOFT_SORT_CROSS_ENTROPY if needs_grad else SOFT_SORT_CROSS_ENTROPY_LOSS
+    if not wide:
+        student, teacher = _same_dtype(student, teacher)
+    run = SOFT_SORT_CROSS_ENTROPY_LOSS
+    if torch.is_grad_enabled():
+        if student.requires_grad:
+            run = SOFT_SORT_CROSS_ENTROPY
+        if teacher.requires_grad:
+            teacher = teacher.detach()
+    if mask is None and not settings:  # to parse an argument takes as long as to sort a few values
+        return run(student, teacher)
     return run(student, teacher, mask, *settings)  # type: ignore[no-any-return]
 
 
@@ -118,10 +119,20 @@ def _check(
     _checks.choice(NAME, "reduction", reduction, REDUCTIONS)
 
 
-def _checked(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[Any, ...]:
+def _checked(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[bool, tuple[Any, ...]]:
+    """Whether both have the same wide dtype, and the settings for the op."""
     _check(student, teacher, *settings)
     check_sorts(NAME, settings[2], student.shape[-1])
-    return SOFT_SORT_CROSS_ENTROPY.without_defaults(*_checks.plain(settings))
+    wide = student.dtype == teacher.dtype and student.dtype not in HALF
+    return wide, SOFT_SORT_CROSS_ENTROPY.without_defaults(*_checks.plain(settings))
+
+
+def _same_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The promoted one; float32 for a half under autocast."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    if dtype in HALF and torch.is_autocast_enabled(student.device.type):
+        dtype = torch.float32
+    return student.to(dtype), teacher.to(dtype)
 
 
 def _check_mask(mask: Any, student: Tensor) -> Tensor:
