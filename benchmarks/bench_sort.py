@@ -3,6 +3,7 @@
 Every time is of a gradient that was checked just before (``parity.check``).
 """
 
+import functools
 import subprocess
 
 import measure
@@ -10,11 +11,14 @@ import parity
 import pytest
 import torch
 from beside import beside, in_a_process
+from diffsort import DiffSortNet
+from providers import STEEPNESS
 from torch.nn import functional as F
 from workloads import WORKLOADS, Sorting
 
 import fmkernels
 from fmkernels import _library
+from fmkernels.ops.soft_sort import DISTRIBUTIONS
 
 LIMIT_S = 600
 """For a peer to be compiled and measured."""
@@ -75,6 +79,20 @@ def test_memory(name, record):
     record(name, "memory", peak_bytes=peak, kept_bytes=kept)
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_accuracy_of_log_probabilities(distribution, record):
+    workload = Sorting(392, 49, "matrix")
+    (scores,) = (tensor.detach() for tensor in workload.inputs(seed=0))
+    settings = {"steepness": STEEPNESS, "distribution": distribution}
+    _, exact = fmkernels.soft_sort(scores.double(), **settings)
+    found = {
+        "fmkernels": fmkernels.soft_sort(scores, **settings)[1],
+        "diffsort": DiffSortNet("bitonic", workload.n, **settings)(scores)[1],
+    }
+    errors = {name: parity.log_errors(p, exact) for name, p in found.items()}
+    record("accuracy", distribution, **errors)
+
+
 @pytest.mark.skipif(_library.native is None, reason="needs the extension")
 @pytest.mark.parametrize("isa", _library.native.cpu_isas() if _library.native else [])
 def test_instruction_sets(isa, record):
@@ -97,14 +115,18 @@ def test_time_is_linear_in_the_rows(record):
 def test_host_time_on_tiny_input(record):
     parity.check(Sorting(392, 8), "reference")  # on 2 rows, who errs less is luck
     x, y = Sorting(2, 8).inputs(seed=0)
-    with torch.no_grad():
-        forward = measure.ratio(
-            fmkernels=lambda: fmkernels.soft_sort_cross_entropy(x, y),
-            softmax=lambda: F.softmax(x, dim=-1),
+
+    def beside_softmax(prefix, forward, scalar):
+        with torch.no_grad():
+            facts = measure.ratio(fmkernels=forward, softmax=lambda: F.softmax(x, dim=-1))
+        record("host-time", f"{prefix}forward", **facts)
+        facts = measure.ratio(
+            fmkernels=lambda: scalar().backward(),
+            softmax=lambda: F.softmax(x, dim=-1).sum().backward(),
         )
-    both = measure.ratio(
-        fmkernels=lambda: fmkernels.soft_sort_cross_entropy(x, y).backward(),
-        softmax=lambda: F.softmax(x, dim=-1).sum().backward(),
-    )
-    record("host-time", "forward", **forward)
-    record("host-time", "forward + backward", **both)
+        record("host-time", f"{prefix}forward + backward", **facts)
+
+    loss = functools.partial(fmkernels.soft_sort_cross_entropy, x, y)
+    beside_softmax("", loss, loss)
+    sort = functools.partial(fmkernels.soft_sort, x)
+    beside_softmax("soft_sort, ", sort, lambda: sort()[0].sum())

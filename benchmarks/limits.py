@@ -1,4 +1,4 @@
-"""What is asked of speed, host time and memory, and whether a machine's results keep to it."""
+"""What is asked of the figures, and whether a machine's results keep to it."""
 
 from __future__ import annotations
 
@@ -66,6 +66,10 @@ def peak_megabytes(results: Results) -> dict[str, float]:
     return exactly(results["neco-196"]["memory"]["peak_bytes"]["fmkernels"] / 1e6)
 
 
+def worst_log_error(results: Results) -> dict[str, float]:
+    return exactly(max(errors["fmkernels"]["mean"] for errors in results["accuracy"].values()))
+
+
 HOST = "host time of a 2 × 8 loss beside `F.softmax`"
 
 LIMITS = (
@@ -77,4 +81,7 @@ LIMITS = (
     Limit(f"{HOST}, forward + backward", "≤ 1.2 ×", ratio("host-time", "forward + backward")),
     Limit("`neco-step`, peak extra memory beside diffsort's", "< 2 %", peak_share),
     Limit("`neco-196`, peak extra memory", "< 100 MB", peak_megabytes),
+    Limit(
+        "mean error of log P in float32, the worst distribution", "≤ 0.001 nats", worst_log_error
+    ),
 )

@@ -1,9 +1,10 @@
-"""Only the time of a right result is reported."""
+"""Only the time of a right result is reported; and how right it is."""
 
 from __future__ import annotations
 
 import functools
 
+import measure
 import torch
 from workloads import Workload
 
@@ -28,3 +29,14 @@ def check(workload: Workload, peer: str) -> dict[str, int]:
     ours = workload.step("fmkernels")()
     assert_parity(ours, yardstick, exact_gradient(workload), name=f"gradient beside {peer}")
     return {"peer_not_finite": broken} if broken else {}
+
+
+def log_errors(permutation: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Of log P, in nats, where P > 2⁻¹⁰⁰ in float64, which is also the least P of the loss."""
+    floor = 2.0**-100
+    counted = exact > floor
+    errors = permutation[counted].double().clamp_min(floor).log() - exact[counted].log()
+    return {
+        "mean": measure.digits(errors.abs().mean().item()),
+        "largest": measure.digits(errors.abs().max().item()),
+    }

@@ -31,6 +31,8 @@ MEANING = {
 }
 BUSY_NOTE = ", machine busy"
 
+DIRECTIONS = ("forward", "forward + backward")
+
 PEERS = {
     "diffsort": "diffsort",
     "diffsort-compiled": "diffsort under `torch.compile`",
@@ -102,6 +104,10 @@ def speeds(results: Results) -> list[str]:
     torchsort = results.get("soft-sort-values", {}).get("torchsort")
     if torchsort:
         lines += ["", f"`soft-sort-values` beside torchsort: {times(torchsort)}."]
+    host = results.get("host-time", {})
+    if "soft_sort, forward" in host:
+        shown = ", ".join(f"{w} {times(host[f'soft_sort, {w}'])}" for w in DIRECTIONS)
+        lines += ["", f"Host time of a 2 × 8 `soft_sort` beside `F.softmax`: {shown}."]
     return lines
 
 
@@ -137,6 +143,19 @@ def megabytes(count: dict[str, int] | None) -> str:
     return f"{three(count['fmkernels'] / 1e6)}{peer} MB"
 
 
+def accuracy(results: Results) -> list[str]:
+    """Errors of float32 log-probabilities."""
+
+    def shown(errors: dict[str, float]) -> str:
+        return f"{errors['mean']:.1g} ({errors['largest']:.1g})"
+
+    rows = (
+        (f"`{distribution}`", shown(errors["fmkernels"]), shown(errors["diffsort"]))
+        for distribution, errors in results.get("accuracy", {}).items()
+    )
+    return table(("error of log P in float32: mean (largest)", "fmkernels", "diffsort"), rows)
+
+
 def section(content: dict[str, Any]) -> str:
     """The tables of one machine."""
     machine, results = content["machine"], content["results"]
@@ -153,6 +172,7 @@ def section(content: dict[str, Any]) -> str:
         *limits(results),
         *speeds(results),
         *costs(results),
+        *accuracy(results),
     ]
     return "\n".join(lines)
 

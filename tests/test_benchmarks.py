@@ -123,6 +123,16 @@ def test_a_peer_that_is_not_finite_allows_nothing_and_is_recorded(peers):
     assert parity.check(Sorting(50, 9), "broken") == {"peer_not_finite": 450}
 
 
+def test_log_errors_are_of_what_lies_above_the_floor():
+    import parity
+
+    exact = torch.tensor([1.0, 0.5, 2.0**-101], dtype=torch.float64)
+    found = torch.tensor([1.0, 0.5 * 2.0**0.5, 1.0])
+    errors = parity.log_errors(found, exact)
+    half = 0.5 * torch.tensor(2.0).log().item()
+    assert errors == {"mean": pytest.approx(half / 2, 1e-3), "largest": pytest.approx(half, 1e-3)}
+
+
 @pytest.mark.parametrize(
     ("low", "median", "high", "verdict"),
     [(90, 100, 110, "met"), (90, 99, 110, "undecided"), (90, 95, 99, "missed")],
