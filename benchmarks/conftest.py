@@ -1,4 +1,4 @@
-"""Collects what the benchmarks measured; ``--save-results`` writes it to benchmarks/results.
+"""Collects and shows what the benchmarks measured; ``--save-results`` writes benchmarks/results.
 
 A file is of one machine and one torch: ``results[workload][measurement]``, and every measurement
 says of which revision and day it is. One that is taken again replaces the one before as a whole.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import measure
 import pytest
+import report
 import torch
 
 import fmkernels
@@ -87,6 +88,11 @@ def merged(saved, facts):
     for workload, measurements in COLLECTED.items():
         results[workload] = results.get(workload, {}) | measurements
     return {"machine": facts, "results": dict(sorted(results.items()))}
+
+
+def pytest_terminal_summary(terminalreporter):
+    if COLLECTED:
+        terminalreporter.write_line(report.section({"machine": machine(), "results": COLLECTED}))
 
 
 def pytest_sessionfinish(session, exitstatus):
