@@ -147,7 +147,8 @@ def accuracy(results: Results) -> list[str]:
     """Errors of float32 log-probabilities."""
 
     def shown(errors: dict[str, float]) -> str:
-        return f"{errors['mean']:.1g} ({errors['largest']:.1g})"
+        mean, largest = (f"{float(f'{errors[key]:.1g}'):g}" for key in ("mean", "largest"))
+        return f"{mean} ({largest})"
 
     rows = (
         (f"`{distribution}`", shown(errors["fmkernels"]), shown(errors["diffsort"]))
