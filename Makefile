@@ -35,7 +35,7 @@ demo: $(SETUP) ## NeCo's loss on photographs, beside diffsort
 	$(BIN)/python -m fmkernels demo
 
 test: $(SETUP) ## all tests (some minutes)
-	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4
 
 lint: $(SETUP) ## style and types
 	$(BIN)/ruff check .

@@ -1,13 +1,10 @@
-"""Suite-wide: poisoned memory, one thread, reproducible Hypothesis, what to run in one process."""
+"""Suite-wide: poisoned memory, one thread, reproducible Hypothesis."""
 
 import hypothesis
 import pytest
 import torch
 
 from fmkernels import testing
-
-BUILT_ONCE = ("native", "packaging")
-"""Folders whose fixtures compile: with ``--dist loadgroup`` each stays in one process."""
 
 hypothesis.settings.register_profile(
     "fmkernels", deadline=None, derandomize=True, max_examples=25, database=None
@@ -28,10 +25,7 @@ def seeded():
     torch.set_num_threads(1)  # the tensors are small; two threads only wait for each other
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.parent.name in BUILT_ONCE:
-            item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import ninja
 import pybind11
 import pytest
+from filelock import FileLock
 from ninja import ninja_syntax
 
 from fmkernels import _library
@@ -62,9 +63,10 @@ def native(request):
         pytest.skip(f"needs a C++ compiler; {compiler!r} was not found")
     folder = request.config.cache.mkdir("native")
     output = "fmkernels_native" + sysconfig.get_config_var("EXT_SUFFIX")
-    write_build(folder / "build.ninja", compiler, output)
     program = Path(ninja.BIN_DIR) / "ninja"
-    built = subprocess.run([program, "-C", folder], capture_output=True, text=True)
+    with FileLock(folder / "lock"):  # pytest may run in several processes
+        write_build(folder / "build.ninja", compiler, output)
+        built = subprocess.run([program, "-C", folder], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     spec = importlib.util.spec_from_file_location("fmkernels_native", folder / output)
     module = importlib.util.module_from_spec(spec)
