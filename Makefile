@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/built $(VENV)/ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -31,10 +32,16 @@ $(VENV)/ready: $(VENV)/torch requirements-dev.txt pyproject.toml setup.py | $(VE
 	@$(PIP) install --quiet --no-build-isolation --requirement requirements-dev.txt
 	@touch $@
 
+# Apart from .venv: beside this torch they break other packages. Only their own tests see them.
+$(PEERS)/ready: $(VENV)/torch requirements-peers.txt
+	@echo "fetching into $(PEERS) what is only compared with"
+	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) --requirement requirements-peers.txt
+	@touch $@
+
 demo: $(SETUP) ## NeCo's loss on photographs, beside diffsort
 	$(BIN)/python -m fmkernels demo
 
-test: $(SETUP) ## all tests (some minutes)
+test: $(SETUP) $(PEERS)/ready ## all tests (some minutes)
 	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4
 
 lint: $(SETUP) ## style and types
@@ -63,4 +70,4 @@ readme: $(SETUP) ## the README's tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
 clean: ## remove what was built, and .venv
-	rm -rf $(VENV) build dist *.egg-info fmkernels/_C.abi3.so fmkernels/_build_info.py
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info fmkernels/_C.abi3.so fmkernels/_build_info.py

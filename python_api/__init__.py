@@ -1,5 +1,8 @@
 """The papers' building blocks on top of the ops: modules, losses, extractors, evaluators."""
 
+from .crops import intersection_boxes
 from .diffsort import DiffSortNet
+from .neco import NeCoLoss
+from .projection_head import ProjectionHead
 
-__all__ = ["DiffSortNet"]
+__all__ = ["DiffSortNet", "NeCoLoss", "ProjectionHead", "intersection_boxes"]
