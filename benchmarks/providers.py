@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fmkernels
+from fmkernels.api import NeCoLoss
+from fmkernels.api.roi_align import roi_align
 
 STEEPNESS = 100.0
 
@@ -22,18 +25,29 @@ class Provider(NamedTuple):
     soft_sort: Callable[[Tensor], tuple[Tensor, ...]]
     soft_sort_cross_entropy: Callable[[Tensor, Tensor], Tensor] | None = None
     patch_neighbor_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    neco_loss: Callable[..., Tensor] | None = None
 
 
 def ours(n: int) -> Provider:
-    functions = (getattr(fmkernels, name) for name in Provider._fields)
-    return Provider(*(functools.partial(function, steepness=STEEPNESS) for function in functions))
+    names = Provider._fields[:3]
+    return Provider(
+        *(functools.partial(getattr(fmkernels, name), steepness=STEEPNESS) for name in names),
+        functools.partial(fused_neco_loss, math.isqrt(n)),
+    )
+
+
+def fused_neco_loss(
+    grid_size: int, student: list[Tensor], teacher: list[Tensor], boxes: Any, references: Tensor
+) -> Tensor:
+    criterion = NeCoLoss(grid_size, queue_size=None, steepness=STEEPNESS)
+    return criterion(student, teacher, boxes, references=references)
 
 
 def reference(n: int) -> Provider:
     def on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*tensors: Tensor) -> Any:
+        def run(*arguments: Any) -> Any:
             with fmkernels.backend("reference"):
-                return function(*tensors)
+                return function(*arguments)
 
         return run
 
@@ -60,7 +74,20 @@ def diffsort(n: int, *, compiled: bool = False) -> Provider:
 
         return cross_entropy(similarities(student), similarities(teacher))
 
-    return Provider(sort, cross_entropy, neighbor_loss)
+    def neco_loss(
+        student: list[Tensor], teacher: list[Tensor], boxes: Any, references: Tensor
+    ) -> Tensor:
+        """As NeCo's code has it, a pair of crops at a time, with our alignment of boxes."""
+        grid_size, losses = math.isqrt(n), []
+        for g in range(len(teacher)):
+            for v in range(len(student)):
+                if v != g:
+                    theirs = roi_align(teacher[g], boxes[0][:, g, [v]], grid_size)[:, 0]
+                    own = roi_align(student[v], boxes[1][:, v, [g]], grid_size)[:, 0]
+                    losses.append(neighbor_loss(own, theirs, references[len(losses)]))
+        return torch.stack(losses).mean()
+
+    return Provider(sort, cross_entropy, neighbor_loss, neco_loss)
 
 
 def torchsort(n: int) -> Provider:

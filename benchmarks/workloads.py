@@ -10,6 +10,7 @@ import torch
 from providers import PROVIDERS, Provider
 from torch import Tensor
 
+from fmkernels.api import intersection_boxes
 from fmkernels.ops.soft_sort.networks import layers
 
 INPUT_SETS = 4
@@ -135,13 +136,77 @@ class Features(Workload):
 
     def operations(self) -> int:
         """The sort, and the products of the student, the teacher and the student's gradient."""
-        return Sorting(self.rows, self.n).operations() + 3 * 2 * self.rows * self.n * self.dim
+        return Sorting(self.rows, self.n).operations() + products(self.rows, self.n, self.dim)
 
     def bytes_moved(self) -> int:
         return 4 * 4 * self.rows * self.dim
 
     def tiny(self) -> Features:
         return Features(batch=2, n=4, dim=8)
+
+
+@dataclass(frozen=True)
+class TrainingLoss(Workload):
+    """NeCoLoss of ``batch`` images: two global crops, four local ones, ten pairs, from their maps.
+
+    A row is a patch of a pair; the boxes are everywhere the same.
+    """
+
+    batch: int
+    n: int = 49
+    dim: int = 256
+    sides: tuple[int, ...] = (16, 16, 7, 7, 7, 7)
+
+    @property
+    def rows(self) -> int:
+        return self.batch * 2 * (len(self.sides) - 1) * self.n
+
+    def inputs(self, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """All crops' tokens in a row, (B, D, tokens), and the references."""
+        tokens = sum(side**2 for side in self.sides)
+        student, teacher = normal(seed, 2, self.batch, self.dim, tokens).to(dtype)
+        pairs = 2 * (len(self.sides) - 1)
+        references = normal(INPUT_SETS + seed, pairs, self.batch, self.n, self.dim).to(dtype)
+        return student.requires_grad_(), teacher, references
+
+    def output(self, provider: Provider, *inputs: Tensor) -> Tensor:
+        student, teacher, references = inputs
+        lengths = [side**2 for side in self.sides]
+        maps, targets = (
+            [
+                part.unflatten(-1, (side, side))
+                for part, side in zip(tokens.split(lengths, -1), self.sides, strict=True)
+            ]
+            for tokens in (student, teacher)
+        )
+        return provider.neco_loss(maps, targets[:2], self.boxes(student.dtype), references)
+
+    def boxes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Global crops of 200 pixels, local ones of 70 in their intersection."""
+        corners = [(0, 0), (60, 40), *((60 + 20 * k, 50 + 15 * k) for k in range(4))]
+        sizes = [200, 200, *[70] * 4]
+        crops = [
+            (x, y, x + size, y + size)
+            for (x, y), size in list(zip(corners, sizes, strict=True))[: len(self.sides)]
+        ]
+        crops = torch.tensor([crops] * self.batch, dtype=dtype)
+        return intersection_boxes(crops, [(side, side) for side in self.sides])
+
+    def operations(self) -> int:
+        return Sorting(self.rows, self.n).operations() + products(self.rows, self.n, self.dim)
+
+    def bytes_moved(self) -> int:
+        """Maps and their gradient, references."""
+        tokens = sum(side**2 for side in self.sides)
+        return 4 * self.dim * (self.batch * 3 * tokens + self.rows)
+
+    def tiny(self) -> TrainingLoss:
+        return TrainingLoss(batch=1, n=4, dim=8, sides=(5, 5, 3))
+
+
+def products(rows: int, n: int, dim: int) -> int:
+    """Of the similarities of student and teacher, and of the student's gradient."""
+    return 3 * 2 * rows * n * dim
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -153,6 +218,8 @@ WORKLOADS: dict[str, Workload] = {
     "neco-196": Sorting(196, 196),
     "neco-196-small": Sorting(4, 196),
     "neco-features": Features(8),
+    "neco-loss": TrainingLoss(2),
+    "neco-loss-14": TrainingLoss(1, n=196),
     "soft-sort-matrix": Sorting(3136, 49, "matrix"),
     "soft-sort-matrix-392": Sorting(392, 49, "matrix"),
     "soft-sort-matrix-16": Sorting(3136, 16, "matrix"),
@@ -160,3 +227,6 @@ WORKLOADS: dict[str, Workload] = {
     "soft-sort-matrix-256": Sorting(8, 256, "matrix"),
     "soft-sort-values": Sorting(3136, 49, "values"),
 }
+
+TOO_LARGE = ("neco-loss-14",)
+"""diffsort would keep more than this memory holds."""

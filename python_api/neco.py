@@ -202,9 +202,8 @@ class NeCoLoss(nn.Module):
         drawn = []
         for pair in range(pairs):
             patches = teacher[pair].flatten(0, 1)
-            references = patches[
-                _shuffled(patches, None if foreground is None else foreground[pair])
-            ]
+            inside = None if foreground is None else foreground[pair]
+            references = patches[_shuffled(patches, inside)]
             if self.queue is not None:
                 remembered, some = self.queue.draw(
                     pair // (pairs // self.num_globals), len(patches)
@@ -323,9 +322,8 @@ def _positive(argument: str, value: int) -> None:
 
 def _check_inside(argument: str, boxes: Tensor, maps: Sequence[Tensor]) -> None:
     """Boxes [b, crop, other] are not empty and within the map of the crop, up to rounding."""
-    size = torch.tensor([(m.shape[3], m.shape[2]) for m in maps]).to(boxes)[
-        :, None
-    ]  # (crops, 1, 2)
+    widths_heights = [(tokens.shape[3], tokens.shape[2]) for tokens in maps]
+    size = torch.tensor(widths_heights).to(boxes)[:, None]  # (crops, 1, 2)
     corner, opposite = boxes[..., :2], boxes[..., 2:]
     slack = 1e-4 * size
     good = ((corner >= -slack) & (opposite <= size + slack) & (opposite > corner)).all(dim=-1)

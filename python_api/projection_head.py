@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,10 +41,12 @@ class ProjectionHead(nn.Sequential):
             raise ValueError(f"ProjectionHead: num_layers: expected at least 1, got {num_layers}")
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
         layers: list[nn.Module] = []
-        for wide, narrow in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(wide, narrow), nn.GELU()]
+        for width, next_width in itertools.pairwise(widths):
+            layers += [nn.Linear(width, next_width), nn.GELU()]
         super().__init__(*layers[:-1])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(…, in_dim) -> (…, out_dim), of length 1."""
-        return F.normalize(super().forward(tokens), dim=-1)
+        for layer in self:
+            tokens = layer(tokens)
+        return F.normalize(tokens, dim=-1)

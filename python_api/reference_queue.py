@@ -50,7 +50,7 @@ class ReferenceQueue(nn.Module):
         self.written[crop] += (key >= 0).sum()
 
     def draw(self, crop: int, count: int) -> tuple[Tensor, Tensor]:
-        """Random patches (count, D), each once while there are enough; and whether there are any."""
+        """Random patches (count, D), repeated if there are fewer; and whether there are any."""
         filled = self.written[crop].clamp(max=self.size)
         slots = torch.randperm(self.size, device=filled.device)[:count] % filled.clamp_min(1)
         return self.patches[crop][slots], filled > 0

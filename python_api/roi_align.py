@@ -38,14 +38,17 @@ def roi_align(maps: Tensor, boxes: Tensor, grid_size: int) -> Tensor:
 
 def _bin_weights(start: Tensor, stop: Tensor, length: int, bins: int) -> Tensor:
     """Weight of every cell in every bin of [start, stop), (…, bins, length); rows sum to 1."""
-    factory = {"dtype": start.dtype, "device": start.device}
     start, stop = start.clamp_min(0), stop.clamp_max(length)
     size = ((stop - start) / bins)[..., None, None]
     points = size.ceil().clamp_min(1)
-    index = torch.arange(max(1, -(-length // bins)), **factory)  # no box exceeds the map
-    first = torch.arange(bins, **factory)[:, None]
+    index = _count_up(-(-length // bins), start)  # no box exceeds the map
+    first = _count_up(bins, start)[:, None]
     position = start[..., None, None] - 0.5 + first * size + (index + 0.5) * (size / points)
     position = position.clamp(0, length - 1)  # cell i has its centre at i
-    distance = (position[..., None] - torch.arange(length, **factory)).abs()
+    distance = (position[..., None] - _count_up(length, start)).abs()
     weights = torch.where((index < points)[..., None], (1 - distance).clamp_min(0), 0)
     return weights.sum(dim=-2) / points
+
+
+def _count_up(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=like.dtype, device=like.device)

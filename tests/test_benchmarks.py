@@ -68,7 +68,7 @@ def test_peak_memory_of_a_step():
 
 
 @pytest.mark.parametrize(
-    "name", ["neco-step", "neco-features", "soft-sort-matrix", "soft-sort-values"]
+    "name", ["neco-step", "neco-features", "neco-loss", "soft-sort-matrix", "soft-sort-values"]
 )
 def test_all_providers_compute_the_same(name):
     steps = [tiny(name).step(provider, torch.float64) for provider in PROVIDERS]

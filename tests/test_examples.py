@@ -26,6 +26,12 @@ def test_neco_loss(capsys):
     assert "loss" in capsys.readouterr().out
 
 
+def test_neco_training():
+    pytest.importorskip("sklearn")
+    losses = load("neco_training").main(steps=30)
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
 def test_diffsort_dropin():
     assert load("diffsort_dropin").main() < 1e-9
 
