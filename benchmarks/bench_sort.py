@@ -56,7 +56,7 @@ def test_speed_beside_torchsort(record):
     record(name, "torchsort", **beside(name, "torchsort", yardstick="diffsort"))
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in TOO_LARGE])
 def test_speed_beside_the_reference(name, record):
     record(name, "reference", **beside(name, "reference"))
 
@@ -64,7 +64,7 @@ def test_speed_beside_the_reference(name, record):
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_time_alone_and_share_of_the_roofline(name, record, benchmark):
     workload = WORKLOADS[name]
-    parity.check(workload, "reference")
+    parity.check(TOO_LARGE.get(name, workload), "reference")
     with measure.watch_others() as watched:
         benchmark.pedantic(workload.step("fmkernels"), rounds=31, warmup_rounds=4)
     times, roof = benchmark.stats.stats, measure.roofline()

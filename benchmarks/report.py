@@ -23,7 +23,7 @@ MEANING = {
     "neco-196-small": "loss, 4 rows of 196",
     "neco-features": "`patch_neighbor_loss`, 8 images × 49 patches × 256",
     "neco-loss": "`NeCoLoss`, 2 images: 10 pairs of crops, 7 × 7 patches × 256",
-    "neco-loss-14": "`NeCoLoss`, 1 image: 10 pairs of crops, 14 × 14 patches × 256",
+    "neco-loss-14": "`NeCoLoss`, 4 images: 10 pairs of crops, 14 × 14 patches × 256",
     "soft-sort-matrix": "permutation matrix, 3,136 rows of 49",
     "soft-sort-matrix-392": "permutation matrix, 392 rows of 49",
     "soft-sort-matrix-16": "permutation matrix, 3,136 rows of 16",

@@ -219,7 +219,7 @@ WORKLOADS: dict[str, Workload] = {
     "neco-196-small": Sorting(4, 196),
     "neco-features": Features(8),
     "neco-loss": TrainingLoss(2),
-    "neco-loss-14": TrainingLoss(1, n=196),
+    "neco-loss-14": TrainingLoss(4, n=196),
     "soft-sort-matrix": Sorting(3136, 49, "matrix"),
     "soft-sort-matrix-392": Sorting(392, 49, "matrix"),
     "soft-sort-matrix-16": Sorting(3136, 16, "matrix"),
@@ -228,5 +228,6 @@ WORKLOADS: dict[str, Workload] = {
     "soft-sort-values": Sorting(3136, 49, "values"),
 }
 
-TOO_LARGE = ("neco-loss-14",)
-"""diffsort would keep more than this memory holds."""
+TOO_LARGE: dict[str, Workload] = {"neco-loss-14": TrainingLoss(1, n=196, sides=(16, 16))}
+"""diffsort would keep more than this memory holds, and the reference take minutes: results are
+checked on these instead."""
