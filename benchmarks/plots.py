@@ -27,7 +27,7 @@ def plot(contents: list[dict[str, Any]], names: list[str], path: Path) -> None:
         ratios = {
             row: results[name]["diffsort"]
             for row, name in enumerate(names)
-            if "diffsort" in results.get(name, {})
+            if "median" in results.get(name, {}).get("diffsort", {})
         }
         left.barh(
             [row + index * height for row in ratios],

@@ -204,7 +204,9 @@ def main() -> int:
 
     contents = load()
     shown = [
-        name for name in MEANING if any("diffsort" in c["results"].get(name, {}) for c in contents)
+        name
+        for name in MEANING
+        if any("median" in c["results"].get(name, {}).get("diffsort", {}) for c in contents)
     ]
     plot(contents, shown, PLOT)
     print(f"wrote {README.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
