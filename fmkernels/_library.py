@@ -46,6 +46,9 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 
 native, native_error = _load_native()
 
+TRITON_ERROR = None if importlib.util.find_spec("triton") else "triton is not installed"
+"""Why there are no Triton kernels."""
+
 
 def _check_backend(name: str, what: str = "backend: name") -> str:
     if name != "auto" and name not in BACKENDS:
@@ -116,6 +119,8 @@ class Op:
         backward: Callable[..., Any] | None = None,
         only_first: bool = False,
         limits: Callable[..., str | None] = lambda *args: None,
+        triton: str | None = None,
+        triton_limits: Callable[..., str | None] = lambda *args: None,
     ) -> None:
         """Define and register the op.
 
@@ -130,16 +135,28 @@ class Op:
                 it must not be differentiated again.
             only_first: calling gives the first output alone; backward needs the others.
             limits: why the compiled kernels hand these arguments to the reference, or None.
+            triton: the module whose function of the op's name is the kernel for CUDA tensors.
+            triton_limits: why that kernel hands these arguments to the reference, or None.
         """
         self.name = name
-        self.limits = limits
+        self.limits = {"cpp": limits, "triton": triton_limits}
+        self.triton = triton
         self.only_first = only_first
         self._main = self._register(name, signature, reference, fake)
         self._reference = self._register(f"{name}_reference", signature, reference, fake)
         if setup_context is not None and backward is not None:
             for route in (self._main, self._reference):
                 route.autograd = self._differentiable(route.overload, setup_context, backward)
+        if triton is not None and TRITON_ERROR is None:
+            LIBRARY.impl(name, self._run_triton, "CUDA")
         OPS[name] = self
+
+    def _run_triton(self, *args: Any) -> Any:
+        """The kernel, imported when it is first used: that takes longer than all the rest."""
+        if self.limits["triton"](*args) is not None:
+            return self._reference.overload(*args)
+        assert self.triton is not None
+        return getattr(importlib.import_module(self.triton), self.name)(*args)
 
     def _register(
         self, name: str, signature: str, reference: Callable[..., Any], fake: Callable[..., Any]
@@ -240,12 +257,21 @@ class Op:
             return None
         if backend == "cpp" and native is None:
             return native_error
-        if backend != "cpp":
+        if backend == "cuda" or (backend == "triton" and self.triton is None):
             return "no such kernel in this build"
+        if backend == "triton" and TRITON_ERROR is not None:
+            return TRITON_ERROR
+        if backend == "triton" and not torch.cuda.is_available():
+            return "needs an NVIDIA GPU, and there is none"
         devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
         if devices - {DEVICE_OF[backend]}:
             return f"needs tensors on {DEVICE_OF[backend]}, got {', '.join(sorted(devices))}"
-        return self.limits(*args) if args else None
+        return self.limits[backend](*args) if args else None
+
+    @property
+    def gpu_kernels(self) -> tuple[str, ...]:
+        """The GPU backends that have a kernel of this op."""
+        return () if self.triton is None else ("triton",)
 
     def backends(self) -> dict[str, str | None]:
         """For every backend None if it can run this op on its device, else the reason."""

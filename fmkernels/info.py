@@ -64,8 +64,8 @@ def as_text() -> str:
         lines += ["", op]
         for backend, reason in backends.items():
             note = ""
-            if reason is None and backend in ("triton", "cuda"):
-                note = f" (GPU run: {verified.get(op, {}).get(backend, 'unverified')})"
+            if backend in _library.OPS[op].gpu_kernels:
+                note = f" (last run on a GPU: {verified.get(op, {}).get(backend, 'unverified')})"
             lines.append(f"  {backend:<12}{'yes' if reason is None else 'no: ' + reason}{note}")
     return "\n".join(lines)
 
@@ -95,7 +95,7 @@ def _gpu() -> str:
 
 def _last_verification() -> str:
     dates = [date for backends in _verified().values() for date in backends.values()]
-    return max(dates, default="never: this build has no GPU kernel")
+    return max(dates, default="never: the GPU kernels are unverified")
 
 
 def _verified() -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import fmkernels
 import fmkernels.api
 import fmkernels.testing
+from fmkernels import _library, info
 from fmkernels.ops.soft_sort.networks import sorts
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -57,6 +59,19 @@ def test_every_environment_variable_is_documented():
     assert "FMKERNELS_BACKEND" in used
     listed = set(re.findall(r"`([A-Z_]+)`", (DOCS / "environment.md").read_text()))
     assert used == listed
+
+
+def test_gpu_kernels_are_unverified_until_a_result_says_otherwise():
+    rows = [line.split("|")[1:-1] for line in (DOCS / "backends.md").read_text().splitlines()]
+    cells = {
+        row[0].strip(" `"): dict(zip(_library.BACKENDS[1:], row[3:5], strict=True))
+        for row in rows
+        if len(row) == 5
+    }
+    dates = json.loads(info.VERIFIED.read_text()) if info.VERIFIED.exists() else {}
+    for name, op in _library.OPS.items():
+        for backend in op.gpu_kernels:
+            assert dates.get(name, {}).get(backend, "unverified") in cells[name][backend]
 
 
 def test_every_page_is_reached_from_the_index():

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from fmkernels import _checks
 from fmkernels._library import Op
 from fmkernels.ops.soft_sort import reference
+from fmkernels.ops.soft_sort.config import MAX_TRITON_SIZE
 from fmkernels.ops.soft_sort.networks import NETWORKS, sorts
 from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
@@ -129,6 +130,14 @@ def size_limit(scores: Tensor, *_: Any) -> str | None:
     return None if n <= MAX_KERNEL_SIZE else f"rows of {n} values exceed {MAX_KERNEL_SIZE}"
 
 
+def triton_limit(scores: Tensor, *_: Any) -> str | None:
+    """Why the Triton kernels refuse these scores, or None."""
+    n = scores.shape[-1]
+    if scores.dtype == torch.float64:
+        return "computes in float32, got float64"
+    return None if n <= MAX_TRITON_SIZE else f"rows of {n} values exceed {MAX_TRITON_SIZE}"
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     scores, *ctx.settings = inputs
     ctx.set_materialize_grads(False)
@@ -148,6 +157,8 @@ SETTINGS = (
     'float steepness=100.0, str network="bitonic", str distribution="cauchy", float art_lambda=0.25'
 )
 
+TRITON = "fmkernels.ops.soft_sort.triton"
+
 SOFT_SORT = Op(
     "soft_sort",
     f"(Tensor scores, {SETTINGS}) -> (Tensor values, Tensor permutation)",
@@ -156,6 +167,8 @@ SOFT_SORT = Op(
     setup_context=_setup_context,
     backward=_backward,
     limits=size_limit,
+    triton=TRITON,
+    triton_limits=triton_limit,
 )
 
 SOFT_SORT_BACKWARD = Op(
@@ -164,4 +177,6 @@ SOFT_SORT_BACKWARD = Op(
     reference=reference.soft_sort_backward,
     fake=lambda grad_values, grad_permutation, scores, *_: scores.new_empty(scores.shape),
     limits=lambda grad_values, grad_permutation, scores, *_: size_limit(scores),
+    triton=TRITON,
+    triton_limits=lambda grad_values, grad_permutation, scores, *_: triton_limit(scores),
 )

@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from fmkernels import _checks
 from fmkernels._library import Op
-from fmkernels.ops.soft_sort import HALF, check_settings, check_sorts, size_limit
+from fmkernels.ops.soft_sort import HALF, check_settings, check_sorts, size_limit, triton_limit
 from fmkernels.ops.soft_sort.reference import compute_dtype
 from fmkernels.ops.soft_sort_cross_entropy import reference
 from fmkernels.ops.soft_sort_cross_entropy.reference import REDUCTIONS
@@ -190,6 +190,8 @@ _ARGUMENTS = (
     'float art_lambda=0.25, str reduction="mean"'
 )
 
+TRITON = "fmkernels.ops.soft_sort_cross_entropy.triton"
+
 SOFT_SORT_CROSS_ENTROPY = Op(
     NAME,
     f"({_ARGUMENTS}) -> (Tensor loss, Tensor grad_student)",
@@ -199,6 +201,8 @@ SOFT_SORT_CROSS_ENTROPY = Op(
     backward=_backward,
     only_first=True,
     limits=size_limit,
+    triton=TRITON,
+    triton_limits=triton_limit,
 )
 
 SOFT_SORT_CROSS_ENTROPY_LOSS = Op(
@@ -207,5 +211,7 @@ SOFT_SORT_CROSS_ENTROPY_LOSS = Op(
     reference=reference.soft_sort_cross_entropy_loss,
     fake=_fake_loss,
     limits=size_limit,
+    triton=TRITON,
+    triton_limits=triton_limit,
 )
 """For calls without a gradient."""

@@ -1,0 +1,79 @@
+"""How the Triton kernels of the sort are launched: pure functions of sizes and device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_TRITON_SIZE = 256
+"""Longer rows are sorted by the reference: their scratch would leave the caches."""
+
+WORKSPACE_BYTES = 2**28
+"""No launch takes more scratch memory than this."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What can be tuned. Nothing in here has been measured on a GPU yet."""
+
+    rows: int
+    """R: rows of X that a program carries at the same time."""
+    num_warps: int
+    programs_per_sm: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch: ``grid`` programs, each with a slot of the workspace; queries go round robin."""
+
+    grid: int
+    wires: int
+    """n, rounded up to a power of two."""
+    slot: int
+    """Elements of float32 of a program's scratch."""
+    config: Config
+
+    @property
+    def workspace(self) -> int:
+        """Elements of float32 in all."""
+        return self.grid * self.slot
+
+
+WEIGHT_ARRAYS = 7
+"""Per comparator: keep and swap of the teacher; keep, swap, slope, elastic, their gradient."""
+
+
+ROWS = {16: 16, 32: 16, 64: 8, 128: 8, 256: 4}
+"""By wires. Among the tiles whose kernels need no stack on sm_80, sm_90 and sm_100 (64 × 16 with
+four warps spills a register on sm_80), the largest with at most 96 registers a thread; for 64, half
+of it, so that four programs on each of 132 multiprocessors have their scratch, 84 KB each, in the
+50 MB of a level-2 cache."""
+
+
+def heuristic(n: int) -> Config:
+    """The configuration for rows of n values."""
+    return Config(rows=ROWS[padded(n)], num_warps=4, programs_per_sm=4)
+
+
+def padded(n: int) -> int:
+    """The number of wires that the kernel pretends to have."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def launch_plan(
+    queries: int, n: int, layers: int, multiprocessors: int, config: Config | None = None
+) -> Plan:
+    """The launch for so many queries of n values on a device.
+
+    Args:
+        queries: rows of scores; at least 1.
+        n: values per row.
+        layers: of the network.
+        multiprocessors: of the device.
+        config: instead of the heuristic's.
+    """
+    config = config or heuristic(n)
+    wires = padded(n)
+    slot = layers * wires * (WEIGHT_ARRAYS + config.rows) + wires
+    fitting = max(1, WORKSPACE_BYTES // (4 * slot))
+    grid = min(queries, multiprocessors * config.programs_per_sm, fitting)
+    return Plan(grid, wires, slot, config)

@@ -1,0 +1,94 @@
+"""The gate: every Triton kernel compiled for every architecture, within its budget; no GPU needed."""
+
+import re
+
+import pytest
+
+pytest.importorskip("triton")
+
+from budgets import BUDGETS, violations
+from triton_aot import Resources, compiled, resources
+
+from fmkernels.ops.soft_sort import DISTRIBUTIONS
+from fmkernels.ops.soft_sort import triton as soft_sort
+from fmkernels.ops.soft_sort.config import heuristic, padded
+from fmkernels.ops.soft_sort_cross_entropy import triton as cross_entropy
+
+CAPABILITIES = (80, 90, 100)
+
+POINTERS = {
+    soft_sort.soft_sort_fwd_kernel: "p_scores p_values p_permutation",
+    soft_sort.soft_sort_bwd_kernel: "p_grad_values p_grad_permutation p_scores p_grad_scores",
+    cross_entropy.soft_sort_cross_entropy_kernel: "p_student p_teacher p_weight p_losses p_grad_student",
+}
+NARROW = "p_scores p_values p_permutation p_grad_values p_grad_permutation p_grad_scores p_student p_teacher"
+"""Those that have the dtype of the input."""
+BY_NAME = {kernel.fn.__name__: kernel for kernel in POINTERS}
+
+CASES = [(n, "cauchy", "fp32") for n in (16, 32, 49, 128, 256)]
+CASES += [(49, distribution, "fp32") for distribution in DISTRIBUTIONS if distribution != "cauchy"]
+CASES += [(49, "cauchy", "fp16"), (49, "cauchy", "bf16")]
+
+
+def compile_for(name, capability, n, distribution="cauchy", dtype="fp32", rows=None):
+    kernel, config = BY_NAME[name], heuristic(n)
+    pointers = {p: f"*{dtype if p in NARROW.split() else 'fp32'}" for p in POINTERS[kernel].split()}
+    arguments = pointers | {
+        "p_network": "*i32",
+        "p_workspace": "*fp32",
+        **dict.fromkeys(("queries", "n", "n_layers", "slot"), "i32"),
+        **dict.fromkeys(("steepness", "teacher_steepness", "art_lambda"), "fp32"),
+        **dict.fromkeys(("HAS_VALUES", "HAS_PERMUTATION", "WITH_GRAD"), True),
+        "DISTRIBUTION": distribution,
+        "R": rows or config.rows,
+        "N": padded(n),
+    }
+    return compiled(
+        kernel, capability, arguments, num_warps=config.num_warps, enable_fp_fusion=True
+    )
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_within_budget(name, capability):
+    found = []
+    for n, distribution, dtype in CASES:
+        used = resources(compile_for(name, capability, n, distribution, dtype))
+        case = f"sm_{capability}, n = {n}, {distribution}, {dtype}"
+        found += violations(name, case, used)
+    assert found == []
+
+
+def test_every_kernel_has_a_budget():
+    assert BY_NAME.keys() == BUDGETS.keys()
+
+
+def test_a_violation_names_kernel_architecture_and_numbers():
+    name = "soft_sort_cross_entropy_kernel"
+    used = resources(compile_for(name, 90, 64, rows=32))
+    assert used.registers > BUDGETS[name].registers
+    message = rf"{name} on sm_90: registers: {used.registers} used, 96 allowed"
+    assert any(re.fullmatch(message, text) for text in violations(name, "sm_90", used))
+    spilled = Resources(64, 8, 16, 0)
+    assert violations(name, "sm_80", spilled) == [
+        f"{name} on sm_80: stack_bytes: 8 used, 0 allowed",
+        f"{name} on sm_80: local_bytes: 16 used, 0 allowed",
+    ]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_offsets_into_tensors_are_64_bit(name):
+    """Of what is added first to a pointer to the user's data, or to the workspace."""
+    ir = compile_for(name, 90, 49).asm["ttir"]
+    pointers = {*POINTERS[BY_NAME[name]].split(), "p_workspace"}
+    added = re.findall(r"tt\.addptr %(\w+), %\w+ : .*?, (?:tensor<\w+x)?(i\d+)", ir)
+    checked = {pointer for pointer, _ in added} & pointers
+    wide = {(pointer, width) for pointer, width in added if pointer in pointers}
+    assert wide == {(pointer, "i64") for pointer in checked}
+    splats = dict(re.findall(r"%(\w+) = tt\.splat %(\w+) : !tt\.ptr", ir))
+    for splat, pointer in splats.items():
+        widths = re.findall(rf"tt\.addptr %{splat}, %\w+ : [^,]*, tensor<[\dx]*(i\d+)>", ir)
+        if pointer in pointers:
+            checked.add(pointer)
+            assert widths == ["i64"] * len(widths), pointer
+    assert checked == pointers
