@@ -32,10 +32,12 @@ $(VENV)/ready: $(VENV)/torch requirements-dev.txt pyproject.toml setup.py | $(VE
 	@$(PIP) install --quiet --no-build-isolation --requirement requirements-dev.txt
 	@touch $@
 
-# Apart from .venv: beside this torch they break other packages. Only their own tests see them.
-$(PEERS)/ready: $(VENV)/torch requirements-peers.txt
+# Apart from .venv: torchvision breaks other packages beside this torch, and the oldest Triton that is
+# supported needs an older NumPy in its interpreter. Only their own tests see them, in processes.
+$(PEERS)/ready: $(VENV)/torch Makefile
 	@echo "fetching into $(PEERS) what is only compared with"
-	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) --requirement requirements-peers.txt
+	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) torchvision==0.28.0
+	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS)/triton-3.6 triton==3.6.0 numpy==2.3.5
 	@touch $@
 
 demo: $(SETUP) ## NeCo's loss on photographs, beside diffsort

@@ -15,9 +15,9 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "soft_sort_fwd_kernel": Budget(72, 4096),
-    "soft_sort_bwd_kernel": Budget(96, 4096),
-    "soft_sort_cross_entropy_kernel": Budget(96, 4096),
+    "soft_sort_fwd_kernel": Budget(112, 4096),
+    "soft_sort_bwd_kernel": Budget(128, 4096),
+    "soft_sort_cross_entropy_kernel": Budget(128, 4096),
 }
 
 

@@ -20,6 +20,14 @@ class Config:
     num_warps: int
     programs_per_sm: int
 
+    @property
+    def max_registers(self) -> int:
+        """Of a thread, so that the programs share a multiprocessor's 65,536.
+
+        Left alone, ptxas aims at fewer and spills one or two of them now and then.
+        """
+        return 65536 // (self.programs_per_sm * self.num_warps * 32)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,10 +51,9 @@ WEIGHT_ARRAYS = 7
 
 
 ROWS = {16: 16, 32: 16, 64: 8, 128: 8, 256: 4}
-"""By wires. Among the tiles whose kernels need no stack on sm_80, sm_90 and sm_100 (64 × 16 with
-four warps spills a register on sm_80), the largest with at most 96 registers a thread; for 64, half
-of it, so that four programs on each of 132 multiprocessors have their scratch, 84 KB each, in the
-50 MB of a level-2 cache."""
+"""By wires: the largest tile whose kernels fit into 128 registers a thread, and whose scratch, at
+n = 49, is 84 KB: 44 MB for four programs on each of 132 multiprocessors, within the 50 MB of a
+level-2 cache. Counted, not measured."""
 
 
 def heuristic(n: int) -> Config:

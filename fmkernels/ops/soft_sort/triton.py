@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fmkernels.ops.soft_sort.config import Plan, launch_plan
+from fmkernels.ops.soft_sort.config import Config, Plan, launch_plan
 from fmkernels.ops.soft_sort.networks import layers
 from fmkernels.ops.soft_sort.triton_math import cauchy_tail, divide, erfc, exp, power
 
@@ -268,9 +268,13 @@ def plan_for(scores: Tensor, network: str) -> Plan:
     return launch_plan(scores.numel() // n, n, len(layers(network, n)), multiprocessors)
 
 
-def options(plan: Plan) -> dict[str, Any]:
-    """What the compiler is told; fused multiplication and addition is a default that changes."""
-    return {"num_warps": plan.config.num_warps, "enable_fp_fusion": True}
+def options(config: Config) -> dict[str, Any]:
+    """What the compiler is told; the default of ``enable_fp_fusion`` is about to change."""
+    return {
+        "num_warps": config.num_warps,
+        "maxnreg": config.max_registers,
+        "enable_fp_fusion": True,
+    }
 
 
 def common_arguments(
@@ -307,7 +311,7 @@ def soft_sort(
         DISTRIBUTION=distribution,
         R=plan.config.rows,
         N=plan.wires,
-        **options(plan),
+        **options(plan.config),
     )
     return values, permutation
 
@@ -339,6 +343,6 @@ def soft_sort_backward(
         HAS_PERMUTATION=grad_permutation is not None,
         R=plan.config.rows,
         N=plan.wires,
-        **options(plan),
+        **options(plan.config),
     )
     return grad_scores

@@ -119,7 +119,7 @@ def soft_sort_cross_entropy(
             WITH_GRAD=compute_grad,
             R=plan.config.rows,
             N=plan.wires,
-            **options(plan),
+            **options(plan.config),
         )
     loss = losses if reduction == "none" else losses.sum()
     return loss.to(student.dtype), grad if compute_grad else None
