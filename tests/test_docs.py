@@ -26,6 +26,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", sorted({"fmkernels.api", *MODULES}))
 def test_docstrings(name):
+    if "triton" in name:
+        pytest.importorskip("triton")
     module = importlib.import_module(name)
     assert module.__doc__
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
@@ -64,7 +66,7 @@ def test_every_environment_variable_is_documented():
 def test_gpu_kernels_are_unverified_until_a_result_says_otherwise():
     rows = [line.split("|")[1:-1] for line in (DOCS / "backends.md").read_text().splitlines()]
     cells = {
-        row[0].strip(" `"): dict(zip(_library.BACKENDS[1:], row[3:5], strict=True))
+        row[0].strip(" `"): dict(zip(_library.BACKENDS[1:3], row[3:5], strict=True))
         for row in rows
         if len(row) == 5
     }

@@ -1,0 +1,56 @@
+"""Launches of the Triton kernels are values that need no GPU."""
+
+import pytest
+
+from fmkernels.ops.soft_sort.config import (
+    MAX_TRITON_SIZE,
+    WORKSPACE_BYTES,
+    Config,
+    heuristic,
+    launch_plan,
+    padded,
+)
+from fmkernels.ops.soft_sort.networks import NETWORKS, layers
+
+H200 = 132
+"""Multiprocessors."""
+
+
+def test_the_canonical_step():
+    plan = launch_plan(31_360, 49, len(layers("bitonic", 49)), H200)
+    assert plan.grid == 4 * H200
+    assert plan.wires == 64
+    assert plan.slot == 21 * 64 * (7 + 8) + 64
+    assert 4 * plan.workspace < 50e6  # an H200's level-2 cache
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("n", [1, 2, 16, 17, 64, 65, 128, MAX_TRITON_SIZE])
+def test_every_size_has_a_plan_within_bounds(n, network):
+    depth = len(layers(network, n))
+    for queries in (1, 3, 31_360, 2**31 // n + 1, 2**40):
+        plan = launch_plan(queries, n, depth, H200)
+        assert 1 <= plan.grid <= queries
+        assert 4 * plan.workspace <= WORKSPACE_BYTES
+        assert plan.wires >= n
+        assert plan.slot >= depth * plan.wires * (7 + plan.config.rows)
+        assert plan.slot < 2**31  # offsets inside of a slot are 32-bit
+        assert plan.config.max_registers * plan.config.num_warps * 32 <= 65536
+        assert plan.config.rows <= plan.wires
+
+
+def test_work_does_not_change_the_scratch():
+    plans = [launch_plan(queries, 49, 21, H200) for queries in (10**4, 10**6, 10**12)]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_a_tuned_configuration_takes_the_heuristics_place():
+    config = Config(rows=4, num_warps=2, programs_per_sm=8)
+    plan = launch_plan(10**6, 49, 21, 100, config)
+    assert plan.config == config != heuristic(49)
+    assert plan.grid == 800
+    assert plan.slot == 21 * 64 * (7 + 4) + 64
+
+
+def test_wires_are_powers_of_two():
+    assert [padded(n) for n in (1, 16, 17, 49, 64, 256)] == [16, 16, 32, 64, 64, 256]
