@@ -46,7 +46,17 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 
 native, native_error = _load_native()
 
-TRITON_ERROR = None if importlib.util.find_spec("triton") else "triton is not installed"
+
+def _why_no_triton() -> str | None:
+    """Looks for Triton without importing it, which would take longer than all the rest."""
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ImportError:
+        found = False
+    return None if found else "triton is not installed"
+
+
+TRITON_ERROR = _why_no_triton()
 """Why there are no Triton kernels."""
 
 

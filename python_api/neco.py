@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fmkernels import _checks, patch_neighbor_loss
+from fmkernels._autocast import without_autocast
 from fmkernels.ops.patch_neighbor_loss import METRICS
 from fmkernels.ops.soft_sort import check_settings, check_sorts
 
@@ -137,7 +138,7 @@ class NeCoLoss(nn.Module):
         """
         dtype = self._check(student_maps, teacher_maps, boxes, mask)
         device = student_maps[0].device
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(student_maps[0]):
             student_maps = [tokens.to(dtype) for tokens in student_maps]
             teacher_maps = [tokens.detach().to(dtype) for tokens in teacher_maps]
             in_global, in_other = (box.to(device, dtype) for box in boxes)

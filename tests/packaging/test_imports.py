@@ -7,8 +7,14 @@ import json
 # what is above itself.
 LAYERS = {
     "fmkernels._library": ["fmkernels._C", "fmkernels._build_info"],
+    "fmkernels._autocast": [],
     "fmkernels._checks": [],
-    "fmkernels.ops": ["fmkernels._library", "fmkernels._checks", "fmkernels.ops"],
+    "fmkernels.ops": [
+        "fmkernels._library",
+        "fmkernels._autocast",
+        "fmkernels._checks",
+        "fmkernels.ops",
+    ],
     "fmkernels.api": ["fmkernels"],
     "fmkernels": ["fmkernels"],
 }

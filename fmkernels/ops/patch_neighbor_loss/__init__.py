@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmkernels import _checks
+from fmkernels._autocast import without_autocast
 from fmkernels.ops.soft_sort_cross_entropy import soft_sort_cross_entropy
 
 METRICS = ("cosine", "euclidean")
@@ -81,7 +82,7 @@ def patch_neighbor_loss(
     for features in (student, teacher, references):
         dtype = torch.promote_types(dtype, features.dtype)
 
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student):
         references = references.to(dtype)
         student_scores = _scores(student.to(dtype), references, metric)
         with torch.no_grad():
