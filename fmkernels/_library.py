@@ -166,7 +166,10 @@ class Op:
         if self.limits["triton"](*args) is not None:
             return self._reference.overload(*args)
         assert self.triton is not None
-        return getattr(importlib.import_module(self.triton), self.name)(*args)
+        kernel = getattr(importlib.import_module(self.triton), self.name)
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        with torch.cuda.device(tensor.device):  # Triton launches on the current device
+            return kernel(*args)
 
     def _register(
         self, name: str, signature: str, reference: Callable[..., Any], fake: Callable[..., Any]

@@ -137,6 +137,8 @@ class NeCoLoss(nn.Module):
             ValueError: shapes, boxes or the queue do not fit; the message names the argument.
         """
         dtype = self._check(student_maps, teacher_maps, boxes, mask)
+        if references is not None:
+            self._check_references(references, student_maps)
         device = student_maps[0].device
         with without_autocast(student_maps[0]):
             student_maps = [tokens.to(dtype) for tokens in student_maps]
@@ -152,8 +154,6 @@ class NeCoLoss(nn.Module):
                     foreground = self._align(masks, in_global).squeeze(-1) >= FOREGROUND
                 if references is None:
                     references = self._draw(teacher, foreground)
-                else:
-                    self._check_references(references, teacher)
             student = self._align_student(student_maps, in_other)
             weights = None if foreground is None else _weights(foreground, dtype)
             return patch_neighbor_loss(
@@ -300,11 +300,15 @@ class NeCoLoss(nn.Module):
             if not is_compiling():
                 _check_inside(argument, box, maps)
 
-    def _check_references(self, references: Tensor, teacher: Tensor) -> None:
+    def _check_references(self, references: Tensor, student_maps: Sequence[Tensor]) -> None:
+        first = student_maps[0]
         _checks.floating_tensor("NeCoLoss", "references", references)
-        if references.shape != teacher.shape:
+        _checks.same_device("NeCoLoss", "references", references, "student_maps[0]", first)
+        pairs = self.num_globals * (len(student_maps) - 1)
+        expected = (pairs, len(first), self.grid_size**2, first.shape[1])
+        if tuple(references.shape) != expected:
             raise ValueError(
-                f"NeCoLoss: references: expected shape (pairs, B, R, D) = {tuple(teacher.shape)}, "
+                f"NeCoLoss: references: expected shape (pairs, B, R, D) = {expected}, "
                 f"got {tuple(references.shape)}"
             )
 

@@ -409,7 +409,13 @@ def test_refusals():
         teacher,
         boxes,
         references=torch.randn(6, 2, 48, 8),
-        loss=NeCoLoss(queue_size=None),
+    )
+    refused(
+        r"references: expected the device",
+        student,
+        teacher,
+        boxes,
+        references=torch.empty(6, 2, 49, 8, device="meta"),
     )
 
 

@@ -3,15 +3,17 @@
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from budgets import BUDGETS, violations
 from triton_aot import Resources, compiled, resources
 
-from fmkernels.ops.soft_sort import DISTRIBUTIONS
+from fmkernels import _library
+from fmkernels.ops.soft_sort import DISTRIBUTIONS, reference
 from fmkernels.ops.soft_sort import triton as soft_sort
-from fmkernels.ops.soft_sort.config import heuristic, padded
+from fmkernels.ops.soft_sort.config import MAX_TRITON_SIZE, heuristic, padded
 from fmkernels.ops.soft_sort_cross_entropy import triton as cross_entropy
 
 CAPABILITIES = (80, 90, 100)
@@ -30,19 +32,23 @@ CASES += [(49, distribution, "fp32") for distribution in DISTRIBUTIONS if distri
 CASES += [(49, "cauchy", "fp16"), (49, "cauchy", "bf16")]
 
 
-def compile_for(name, capability, n, distribution="cauchy", dtype="fp32", rows=None):
+def compile_for(name, capability, n, distribution="cauchy", dtype="fp32", rows=None, **changed):
     kernel, config = BY_NAME[name], heuristic(n)
     pointers = {p: f"*{dtype if p in NARROW.split() else 'fp32'}" for p in POINTERS[kernel].split()}
-    arguments = pointers | {
-        "p_network": "*i32",
-        "p_workspace": "*fp32",
-        **dict.fromkeys(("queries", "n", "n_layers", "slot"), "i32"),
-        **dict.fromkeys(("steepness", "teacher_steepness", "art_lambda"), "fp32"),
-        **dict.fromkeys(("HAS_VALUES", "HAS_PERMUTATION", "WITH_GRAD"), True),
-        "DISTRIBUTION": distribution,
-        "R": rows or config.rows,
-        "N": padded(n),
-    }
+    arguments = (
+        pointers
+        | {
+            "p_network": "*i32",
+            "p_workspace": "*fp32",
+            **dict.fromkeys(("queries", "n", "n_layers", "slot"), "i32"),
+            **dict.fromkeys(("steepness", "teacher_steepness", "art_lambda"), "fp32"),
+            **dict.fromkeys(("HAS_VALUES", "HAS_PERMUTATION", "WITH_GRAD"), True),
+            "DISTRIBUTION": distribution,
+            "R": rows or config.rows,
+            "N": padded(n),
+        }
+        | changed
+    )
     return compiled(kernel, capability, arguments, **soft_sort.options(config))
 
 
@@ -55,6 +61,11 @@ def test_within_budget(name, capability):
         case = f"sm_{capability}, n = {n}, {distribution}, {dtype}"
         found += violations(name, case, used)
     assert found == []
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_compiles_with_every_integer_at_one(name):
+    compile_for(name, 90, 1, queries=1, n=1, n_layers=1)
 
 
 def test_every_kernel_has_a_budget():
@@ -90,3 +101,22 @@ def test_offsets_into_tensors_are_64_bit(name):
             checked.add(pointer)
             assert widths == ["i64"] * len(widths), pointer
     assert checked == pointers
+
+
+@pytest.mark.parametrize("name", [name for name, op in _library.OPS.items() if op.gpu_kernels])
+def test_is_registered_for_cuda_tensors(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fmkernels::{name}", "CUDA")
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_reference():
+    op = _library.OPS["soft_sort"]
+    wide = torch.randn(2, 7, dtype=torch.float64)
+    long = torch.randn(1, MAX_TRITON_SIZE + 1)
+    assert op.limits["triton"](wide) == "computes in float32, got float64"
+    assert op.limits["triton"](long) == "rows of 257 values exceed 256"
+    for scores, network in ((wide, "bitonic"), (long, "reflected_bitonic")):
+        found = op._run_triton(scores, 100.0, network)
+        for tensor, expected in zip(
+            found, reference.soft_sort(scores, 100.0, network), strict=True
+        ):
+            assert torch.equal(tensor, expected)

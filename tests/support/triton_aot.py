@@ -23,11 +23,14 @@ class Resources(NamedTuple):
 
 
 def compiled(kernel, capability, arguments, **options):
-    """The compiled kernel; arguments: name -> Triton type, or the value of a constexpr."""
+    """The compiled kernel; arguments: name -> Triton type, or the value of a constexpr.
+
+    Triton also makes a constant of an integer argument that is 1 at the call: here, too.
+    """
     signature, constants = {}, {}
     for index, name in enumerate(kernel.arg_names):
         kind = arguments[name]
-        constant = kernel.params[index].is_constexpr
+        constant = kernel.params[index].is_constexpr or kind == 1
         signature[name] = "constexpr" if constant else kind
         if constant:
             constants[(index,)] = kind

@@ -2,7 +2,8 @@
 
 Triton's own ``exp`` and ``log`` are approximations whose error grows with the argument, and neither
 ``atan`` nor ``erfc`` runs in its interpreter. The polynomials are Remez fits with a relative error
-below half a unit in the last place before rounding; a test holds them against those of the header.
+below half a unit in the last place before rounding; a test holds the coefficients against the
+header's, and the functions against those of float64.
 """
 
 from __future__ import annotations

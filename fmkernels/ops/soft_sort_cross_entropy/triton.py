@@ -102,7 +102,9 @@ def soft_sort_cross_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or None)."""
     losses = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
-    grad = torch.empty(student.shape, dtype=torch.float32, device=student.device)
+    grad = None
+    if compute_grad:
+        grad = torch.empty(student.shape, dtype=torch.float32, device=student.device)
     if losses.numel() > 0:
         plan = plan_for(student, network)
         soft_sort_cross_entropy_kernel[(plan.grid,)](
@@ -110,7 +112,7 @@ def soft_sort_cross_entropy(
             teacher.contiguous(),
             row_weights(losses.flatten(), mask, reduction),
             losses,
-            grad,
+            losses if grad is None else grad,
             *common_arguments(student, network, plan),
             steepness,
             steepness if teacher_steepness is None else teacher_steepness,
@@ -122,7 +124,7 @@ def soft_sort_cross_entropy(
             **options(plan.config),
         )
     loss = losses if reduction == "none" else losses.sum()
-    return loss.to(student.dtype), grad if compute_grad else None
+    return loss.to(student.dtype), grad
 
 
 def soft_sort_cross_entropy_loss(*args: Any) -> Tensor:
