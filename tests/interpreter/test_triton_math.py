@@ -37,18 +37,18 @@ def inverse_fourth_root(x):
 
 
 CASES = [
-    (triton_math.log, torch.log, (-80, 80), 2),
+    (triton_math.log, torch.log, (-80, 80), 1),
     (triton_math.exp, torch.exp, None, 2),
     (triton_math.cauchy_tail, lambda a: torch.atan2(torch.ones_like(a), a) / math.pi, (-30, 80), 3),
     (triton_math.erfc, torch.special.erfc, (-20, 2), 6),
     (inverse, torch.reciprocal, (-80, 80), 1),
-    (inverse_fourth_root, lambda x: x.pow(-0.25), (-33, 60), 4),
+    (inverse_fourth_root, lambda x: x.pow(-0.25), (-33, 60), 3),
 ]
 
 
 @pytest.mark.parametrize(("function", "exact", "exponents", "ulps"), CASES)
 def test_last_places(function, exact, exponents, ulps):
-    """Few units in the last place; the header's own tests allow its functions as many."""
+    """Few units in the last place; tests/native/test_math.py allows the header's as many."""
     if exponents is None:
         x = torch.linspace(-87, 87, SIZE)
     else:

@@ -32,7 +32,7 @@ CASES += [(49, distribution, "fp32") for distribution in DISTRIBUTIONS if distri
 CASES += [(49, "cauchy", "fp16"), (49, "cauchy", "bf16")]
 
 
-def compile_for(name, capability, n, distribution="cauchy", dtype="fp32", rows=None, **changed):
+def compile_for(name, capability, n, distribution="cauchy", dtype="fp32", rows=None, ones=()):
     kernel, config = BY_NAME[name], heuristic(n)
     pointers = {p: f"*{dtype if p in NARROW.split() else 'fp32'}" for p in POINTERS[kernel].split()}
     arguments = (
@@ -47,7 +47,7 @@ def compile_for(name, capability, n, distribution="cauchy", dtype="fp32", rows=N
             "R": rows or config.rows,
             "N": padded(n),
         }
-        | changed
+        | dict.fromkeys(ones, 1)
     )
     return compiled(kernel, capability, arguments, **soft_sort.options(config))
 
@@ -65,7 +65,7 @@ def test_within_budget(name, capability):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_compiles_with_every_integer_at_one(name):
-    compile_for(name, 90, 1, queries=1, n=1, n_layers=1)
+    compile_for(name, 90, 1, ones=("queries", "n", "n_layers"))
 
 
 def test_every_kernel_has_a_budget():

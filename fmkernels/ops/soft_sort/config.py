@@ -51,9 +51,11 @@ WEIGHT_ARRAYS = 7
 
 
 ROWS = {16: 16, 32: 16, 64: 8, 128: 8, 256: 4}
-"""By wires: tiles of 256 to 1,024 states, whose kernels need no stack within 128 registers. At n = 49
-the scratch is 81 KB, 43 MB for four programs on each of 132 multiprocessors, which the 50 MB of a
-level-2 cache hold; 16 rows would need 65 MB. Counted, not measured."""
+"""By wires: tiles of 256 to 1,024 states, whose kernels need no stack within 128 registers.
+
+At n = 49 the scratch is 81 KB, 43 MB for four programs on each of 132 multiprocessors, which the
+50 MB of a level-2 cache hold; 16 rows would need 65 MB. Counted, not measured.
+"""
 
 
 def heuristic(n: int) -> Config:
