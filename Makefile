@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEERS := .peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/built $(VENV)/ready
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.c*' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format typecheck wheel bench readme clean
@@ -72,4 +72,4 @@ readme: $(SETUP) ## the README's tables and plots from benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
 clean: ## remove what was built, and .venv
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info fmkernels/_C.abi3.so fmkernels/_build_info.py
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info fmkernels/*.abi3.so fmkernels/_build_info.py

@@ -1,9 +1,10 @@
-"""The whole build: csrc/cpu/*.cpp into fmkernels/_C.abi3.so, or a pure Python package.
+"""The whole build: csrc/cpu into fmkernels/_C.abi3.so, csrc/cuda into _cuda.abi3.so; or pure Python.
 
 ``*_kernel.cpp`` is compiled once per instruction set; the best one that the CPU can run is chosen
 when the extension is loaded. LibTorch's stable ABI and CPython's limited API make one wheel serve
 every torch >= 2.10 and Python >= 3.10. Without a C++ compiler or without torch the build goes on
-without the extension, says so, and leaves the reason where ``python -m fmkernels info`` finds it.
+without the extension, says so, and leaves the reason where ``python -m fmkernels info`` finds it; without
+nvcc, likewise, it goes on without the CUDA kernels. Those know nothing of torch, only addresses.
 """
 
 import os
@@ -35,6 +36,13 @@ if X86:
 else:
     DEFINES.append("-DFMKERNELS_ONLY_BASELINE")
 
+CUDA = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
+CUDA += ["-Werror", "all-warnings"]
+GPUS = ("80", "90a", "100", "120")
+"""Compute capabilities with machine code: A100, H100 and H200, B200, RTX 50; PTX for what follows."""
+CUDA += [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
+CUDA += [f"-gencode=arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"]
+
 
 def why_pure_python():
     """The reason why the extension cannot be built here, or None."""
@@ -50,13 +58,31 @@ def why_pure_python():
     return None
 
 
+def why_no_cuda():
+    """The reason why the CUDA kernels cannot be built here, or None."""
+    nvcc = cuda_compiler()
+    if shutil.which(nvcc) is None:
+        return f"no CUDA compiler ({nvcc!r} not found) when it was installed"
+    help_text = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = help_text.split()  # without the architecture-specific ones, such as sm_90a
+    missing = [gpu for gpu in GPUS if f"sm_{gpu.rstrip('a')}" not in known]
+    if missing:
+        return f"the CUDA compiler does not know sm_{', sm_'.join(missing)} (13.0 does)"
+    return None
+
+
+def cuda_compiler():
+    """The CUDA compiler."""
+    return os.environ.get("NVCC", "nvcc")
+
+
 def compiler():
     """The C++ compiler's command line, such as ``["ccache", "g++"]``."""
     return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 def compile_jobs():
-    """(source, object, flags) for every object file; paths are relative to ROOT."""
+    """(source, object, flags) for every object of the CPU; paths are relative to ROOT."""
     for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         source = path.relative_to(ROOT)
         if source.stem.endswith("_kernel"):
@@ -86,16 +112,54 @@ class BuildExtension(build_ext):
     def run(self):
         record = ROOT / "fmkernels" / "_build_info.py"
         reason = why_pure_python()
-        record.write_text(f'"""Written by the build."""\n\nreason = {reason!r}\n')
+        cuda_reason = reason or why_no_cuda()
+        record.write_text(
+            f'"""Written by the build."""\n\nreason = {reason!r}\ncuda_reason = {cuda_reason!r}\n'
+        )
         if reason is not None:
             print(f"fmkernels: installing without compiled kernels: {reason}", file=sys.stderr)
             self.extensions = []
+        elif cuda_reason is not None:
+            print(f"fmkernels: installing without CUDA kernels: {cuda_reason}", file=sys.stderr)
+            self.extensions = [ext for ext in self.extensions if ext.name != "fmkernels._cuda"]
         super().run()
 
     def build_extension(self, ext):
+        (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if ext.name == "fmkernels._cuda":
+            self.build_cuda(output)
+        else:
+            self.build_cpu(output)
+
+    @staticmethod
+    def compile(source, target, command):
+        """Compile one file, unless its object is current; the object's path."""
+        command = [*command, "-MD", "-MF", str(target.with_suffix(".d"))]
+        command += ["-c", str(source), "-o", str(target)]
+        if not is_current(target, command):
+            print("fmkernels: compiling", target.name, flush=True)
+            record = (ROOT / target).with_suffix(".cmd")
+            record.unlink(missing_ok=True)
+            subprocess.run(command, check=True, cwd=ROOT)
+            record.write_text(" ".join(command))
+        return str(ROOT / target)
+
+    def build_cuda(self, output):
+        includes = ["-Icsrc/include", "-Icsrc/cuda", f"-I{sysconfig.get_paths()['include']}"]
+        command = [cuda_compiler(), *CUDA, *includes]
+        sources = sorted((ROOT / "csrc" / "cuda").glob("*.c*"))
+        linked = [
+            self.compile(path.relative_to(ROOT), OBJECTS / f"cuda_{path.stem}.o", command)
+            for path in sources
+        ]
+        link = [cuda_compiler(), "-shared", "-cudart=static", *linked, "-Xlinker", "-s"]
+        subprocess.run([*link, "-o", str(output)], check=True)
+
+    def build_cpu(self, output):
         from torch.utils import cpp_extension
 
-        (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
         includes = [Path("csrc", "include"), Path("csrc", "cpu")]
         system = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
         include_flags = [f"-I{path}" for path in includes] + [f"-isystem{path}" for path in system]
@@ -103,20 +167,10 @@ class BuildExtension(build_ext):
         def compile_one(job):
             source, target, flags = job
             command = [*compiler(), *COMMON, *DEFINES, *flags, *include_flags]
-            command += ["-MD", "-MF", str(target.with_suffix(".d"))]
-            command += ["-c", str(source), "-o", str(target)]
-            if not is_current(target, command):
-                print("fmkernels: compiling", target.name, flush=True)
-                record = (ROOT / target).with_suffix(".cmd")
-                record.unlink(missing_ok=True)
-                subprocess.run(command, check=True, cwd=ROOT)
-                record.write_text(" ".join(command))
-            return str(ROOT / target)
+            return self.compile(source, target, command)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             linked = list(pool.map(compile_one, compile_jobs()))
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         libraries += ["-ltorch", "-ltorch_cpu"]
         link = [*compiler(), "-shared", *linked, *libraries, "-Wl,--as-needed", "-Wl,-s"]
@@ -139,6 +193,9 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("fmkernels._C", sources=[], py_limited_api=True)],
+    ext_modules=[
+        Extension("fmkernels._C", sources=[], py_limited_api=True),
+        Extension("fmkernels._cuda", sources=[], py_limited_api=True),
+    ],
     cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
 )

@@ -12,8 +12,10 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -58,6 +60,40 @@ def _why_no_triton() -> str | None:
 
 TRITON_ERROR = _why_no_triton()
 """Why there are no Triton kernels."""
+
+
+def _why_no_cuda() -> str | None:
+    """Looks for the CUDA library, which is loaded when one of its kernels is first called."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if importlib.util.find_spec("fmkernels._cuda") is not None:
+        return None
+    try:
+        from fmkernels._build_info import cuda_reason
+    except ImportError:
+        cuda_reason = None
+    return cuda_reason or native_error or "the CUDA library was not built"
+
+
+CUDA_ERROR = _why_no_cuda()
+"""Why there are no CUDA kernels."""
+
+GPU_ERRORS = {"cuda": CUDA_ERROR, "triton": TRITON_ERROR}
+
+
+GPU_ORDER = json.loads((Path(__file__).parent / "configs" / "gpu_order.json").read_text())
+"""For every op the order in which its GPU kernels are preferred, and the figures it rests on."""
+
+
+class GpuKernel(NamedTuple):
+    """One kernel of an op for CUDA tensors."""
+
+    backend: str
+    """``"cuda"`` or ``"triton"``."""
+    module: str
+    """Its function of the op's name is the kernel; imported when it is first used."""
+    limits: Callable[..., str | None]
+    """Why the kernel refuses these arguments, or None."""
 
 
 def _check_backend(name: str, what: str = "backend: name") -> str:
@@ -129,8 +165,7 @@ class Op:
         backward: Callable[..., Any] | None = None,
         only_first: bool = False,
         limits: Callable[..., str | None] = lambda *args: None,
-        triton: str | None = None,
-        triton_limits: Callable[..., str | None] = lambda *args: None,
+        gpu: tuple[GpuKernel, ...] = (),
     ) -> None:
         """Define and register the op.
 
@@ -145,31 +180,33 @@ class Op:
                 it must not be differentiated again.
             only_first: calling gives the first output alone; backward needs the others.
             limits: why the compiled kernels hand these arguments to the reference, or None.
-            triton: the module whose function of the op's name is the kernel for CUDA tensors.
-            triton_limits: why that kernel hands these arguments to the reference, or None.
+            gpu: the kernels for CUDA tensors: the first that takes the arguments runs, and if none
+                does, the reference.
         """
         self.name = name
-        self.limits = {"cpp": limits, "triton": triton_limits}
-        self.triton = triton
+        self.gpu = sorted(gpu, key=lambda kernel: GPU_ORDER[name]["order"].index(kernel.backend))
+        self.limits = {"cpp": limits} | {kernel.backend: kernel.limits for kernel in gpu}
         self.only_first = only_first
         self._main = self._register(name, signature, reference, fake)
         self._reference = self._register(f"{name}_reference", signature, reference, fake)
         if setup_context is not None and backward is not None:
             for route in (self._main, self._reference):
                 route.autograd = self._differentiable(route.overload, setup_context, backward)
-        if triton is not None and TRITON_ERROR is None:
-            LIBRARY.impl(name, self._run_triton, "CUDA")
+        if any(GPU_ERRORS[kernel.backend] is None for kernel in gpu):
+            LIBRARY.impl(name, self._run_gpu, "CUDA")
         OPS[name] = self
 
-    def _run_triton(self, *args: Any) -> Any:
-        """The kernel, imported when it is first used: that takes longer than all the rest."""
-        if self.limits["triton"](*args) is not None:
-            return self._reference.overload(*args)
-        assert self.triton is not None
-        kernel = getattr(importlib.import_module(self.triton), self.name)
-        tensor = next(arg for arg in args if isinstance(arg, Tensor))
-        with torch.cuda.device(tensor.device):  # Triton launches on the current device
-            return kernel(*args)
+    def _run_gpu(self, *args: Any) -> Any:
+        """The preferred kernel that is there and takes the arguments, else the reference."""
+        for backend, module, limits in self.gpu:
+            if _requested in ("auto", backend) and GPU_ERRORS[backend] is None:
+                if limits(*args) is not None:
+                    continue
+                kernel = getattr(importlib.import_module(module), self.name)
+                tensor = next(arg for arg in args if isinstance(arg, Tensor))
+                with torch.cuda.device(tensor.device):  # kernels start on the current device
+                    return kernel(*args)
+        return self._reference.overload(*args)
 
     def _register(
         self, name: str, signature: str, reference: Callable[..., Any], fake: Callable[..., Any]
@@ -270,11 +307,11 @@ class Op:
             return None
         if backend == "cpp" and native is None:
             return native_error
-        if backend == "cuda" or (backend == "triton" and self.triton is None):
-            return "no such kernel in this build"
-        if backend == "triton" and TRITON_ERROR is not None:
-            return TRITON_ERROR
-        if backend == "triton" and not torch.cuda.is_available():
+        if backend not in self.limits:
+            return "there is no such kernel"
+        if backend in GPU_ERRORS and GPU_ERRORS[backend] is not None:
+            return GPU_ERRORS[backend]
+        if backend in GPU_ERRORS and not torch.cuda.is_available():
             return "needs an NVIDIA GPU, and there is none"
         devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
         if devices - {DEVICE_OF[backend]}:
@@ -283,8 +320,8 @@ class Op:
 
     @property
     def gpu_kernels(self) -> tuple[str, ...]:
-        """The GPU backends that have a kernel of this op."""
-        return () if self.triton is None else ("triton",)
+        """The GPU backends that have a kernel of this op, the preferred one first."""
+        return tuple(kernel.backend for kernel in self.gpu)
 
     def backends(self) -> dict[str, str | None]:
         """For every backend None if it can run this op on its device, else the reason."""

@@ -44,8 +44,9 @@ def write_build(path, compiler, output):
             description="compiling $out",
         )
         build.rule("link", f"{compiler} -shared $in -o $out", description="linking $out")
-        objects = ["module.o"]
-        build.build("module.o", "compile", str(HERE / "module.cpp"))
+        objects = ["module.o", "block.o"]
+        for name in objects:
+            build.build(name, "compile", str(HERE / name.replace(".o", ".cpp")))
         for name, register_bytes in REGISTER_BYTES.items():
             objects.append(f"{name}.o")
             define = f"-DFMKERNELS_ISA={name} -DREGISTER_BYTES={register_bytes}"

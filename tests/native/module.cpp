@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "block.h"
 #include "fmkernels/networks.h"
 #include "lanes.h"
 
@@ -144,6 +145,45 @@ Array<T> elementwise(const std::string& name, const Array<T>& x, int register_by
   return y;
 }
 
+// All that the CUDA kernels compute, `rows` rows of X at a time: values, permutation, gradient of the
+// scores, losses, gradient of the student, losses without a gradient. The queries are numbered from
+// first_query on, and all arrays moved down by as much: a 32-bit offset would leave them.
+py::tuple by_block(
+    const Array<float>& student, const Array<float>& teacher, const Array<float>& mask,
+    const Array<float>& grad_values, const Array<float>& grad_permutation, int32_t rows,
+    double steepness, const std::string& network, const std::string& distribution,
+    double art_lambda, int64_t first_query) {
+  Problem<float> problem(student, steepness, network, distribution, art_lambda);
+  const auto queries = student.shape(0), n = student.shape(1);
+  Array<float> values = poisoned<float>({queries, n}), grad = poisoned<float>({queries, n});
+  Array<float> permutation = poisoned<float>({queries, n, n});
+  Array<float> losses = poisoned<float>({queries}), only_losses = poisoned<float>({queries});
+  Array<float> grad_student = poisoned<float>({queries, n});
+  const auto size = static_cast<int32_t>(n);
+  const auto moved = [&](auto* memory, int64_t length) { return memory - first_query * length; };
+  problem.args.scores = moved(student.data(), n);
+  block_forward(
+      {problem.args, moved(values.mutable_data(), n), moved(permutation.mutable_data(), n * n)},
+      network, size, rows, first_query);
+  block_backward(
+      {problem.args, moved(grad_values.data(), n), moved(grad_permutation.data(), n * n),
+       moved(grad.mutable_data(), n)},
+      network, size, rows, first_query);
+  CrossEntropyForward<float> args{
+      problem.args,
+      moved(teacher.data(), n),
+      float(steepness),
+      moved(mask.data(), 1),
+      1.0f,
+      moved(losses.mutable_data(), 1),
+      moved(grad_student.mutable_data(), n)};
+  block_cross_entropy(args, network, size, rows, first_query);
+  args.losses = moved(only_losses.mutable_data(), 1);
+  args.grad_student = nullptr;
+  block_cross_entropy(args, network, size, rows, first_query);
+  return py::make_tuple(values, permutation, grad, losses, grad_student, only_losses);
+}
+
 template <class T>
 void define(py::module_& module) {
   module.def("soft_sort", soft_sort<T>);
@@ -155,6 +195,7 @@ void define(py::module_& module) {
 PYBIND11_MODULE(fmkernels_native, module) {
   define<float>(module);
   define<double>(module);
+  module.def("by_block", by_block);
 
   // all comparators as (lo, hi), layer after layer, and the number of them in each layer
   module.def("layers", [](const std::string& network, int32_t n) {

@@ -79,6 +79,34 @@ def test_agrees_with_the_reference(native, network, distribution):
 
 
 @every_distribution
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_cuda_kernels_agree_with_the_reference(native, network, distribution):
+    """Their algorithm, run by shuffled threads: what a GPU then adds is only its own arithmetic."""
+    settings = (20.0, network, distribution)
+    for queries, n in PROBLEMS:
+        arrays = make(queries, n, np.float32)
+        same_dtype = run_reference(arrays, torch.float32, *settings)
+        exact = run_reference(arrays, torch.float64, *settings)
+        for rows in {n, (n + 1) // 2, min(n, 5)}:
+            found = native.by_block(*arrays, rows, *settings, ART_LAMBDA, 0)
+            *actual, only_losses = (torch.from_numpy(result) for result in found)
+            assert bitwise_equal(actual[3], only_losses)
+            for index, compared in enumerate(zip(actual, same_dtype, exact, strict=True)):
+                assert_parity(*compared, name=f"result {index} of {queries} × {n}, {rows} rows")
+
+
+def test_the_cuda_kernels_offsets_are_64_bit(native):
+    arrays = make(3, 33, np.float32)
+    settings = (17, 20.0, "bitonic", "cauchy", ART_LAMBDA)
+    for a, b in zip(
+        native.by_block(*arrays, *settings, 0),
+        native.by_block(*arrays, *settings, 2**31),
+        strict=True,
+    ):
+        assert bitwise_equal(torch.from_numpy(a), torch.from_numpy(b))
+
+
+@every_distribution
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_lane_count_does_not_matter(native, dtype, distribution):
     arrays = make(35, 17, dtype)

@@ -1,11 +1,14 @@
-"""Launches of the Triton kernels are values that need no GPU."""
+"""Launches of the GPU kernels are values that need no GPU."""
 
 import pytest
 
 from fmkernels.ops.soft_sort.config import (
+    MAX_GRID,
     MAX_TRITON_SIZE,
+    RESERVED_BYTES,
     WORKSPACE_BYTES,
     Config,
+    block_plan,
     heuristic,
     launch_plan,
     padded,
@@ -54,3 +57,38 @@ def test_a_tuned_configuration_takes_the_heuristics_place():
 
 def test_wires_are_powers_of_two():
     assert [padded(n) for n in (1, 16, 17, 49, 64, 256)] == [16, 16, 32, 64, 64, 256]
+
+
+H100_BYTES = {"block_limit": 232_448, "sm_limit": 233_472}
+"""Shared memory; an A100 has 166,912 and 167,936."""
+
+
+def shared_bytes(rows):
+    """Of the loss and its gradient at n = 49, bitonic."""
+    lanes = -(-rows // 32) * 32
+    return 4 * (7 * 483 + 270 * (rows | 1) + 2 * 49 * lanes + 5 * 49)
+
+
+def test_a_block_of_the_canonical_step():
+    plan = block_plan(31_360, 49, shared_bytes=shared_bytes, **H100_BYTES)
+    assert (plan.rows, plan.threads, plan.blocks_per_sm) == (49, 64, 2)
+    assert plan.grid == 31_360
+    assert plan.shared_bytes == shared_bytes(49)
+
+
+def test_rows_are_taken_in_passes_where_memory_is_short():
+    plan = block_plan(1, 49, block_limit=60_000, sm_limit=100_000, shared_bytes=shared_bytes)
+    assert (plan.rows, plan.blocks_per_sm) == (17, 2)
+    assert plan.blocks_per_sm * (plan.shared_bytes + RESERVED_BYTES) <= 100_000
+    assert block_plan(1, 49, 40_000, 100_000, shared_bytes) is None
+
+
+def test_a_grid_is_never_larger_than_cuda_allows():
+    assert block_plan(2**40, 49, shared_bytes=shared_bytes, **H100_BYTES).grid == MAX_GRID
+
+
+def test_the_sizes_are_those_of_the_kernels():
+    cuda = pytest.importorskip("fmkernels.ops.soft_sort.cuda")
+    assert cuda.sizes("bitonic", 49) == (483, 270)
+    for rows in (49, 25, 17):
+        assert cuda._cuda.shared_bytes(49, 483, 270, rows, True, True) == shared_bytes(rows)

@@ -55,6 +55,14 @@ def test_reasons_for_a_pure_build(build_script, monkeypatch):
     assert re.match("torch .* at build time .*--no-build-isolation", why())
 
 
+def test_reasons_for_a_build_without_cuda(build_script, monkeypatch):
+    why = build_script["why_no_cuda"]
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
+    assert why() == "no CUDA compiler ('no-such-nvcc' not found) when it was installed"
+    monkeypatch.setenv("NVCC", "true")  # knows no architecture
+    assert why().startswith("the CUDA compiler does not know sm_80, sm_90a")
+
+
 @needs_compiler
 def test_an_error_in_the_sources_fails_the_build(root, tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):

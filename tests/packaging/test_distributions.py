@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import sysconfig
 import tarfile
 import zipfile
@@ -81,7 +82,10 @@ def test_sdist_has_every_source_and_nothing_built(sdist, root):
 
 def test_wheel_has_the_packages_and_nothing_else(built, root):
     files, metadata = contents(built.wheel)
-    assert files - {"fmkernels/_build_info.py"} == {*expected_files(root), "fmkernels/_C.abi3.so"}
+    binaries = {"fmkernels/_C.abi3.so"}
+    if shutil.which("nvcc") is not None:
+        binaries.add("fmkernels/_cuda.abi3.so")
+    assert files - {"fmkernels/_build_info.py"} == {*expected_files(root), *binaries}
     assert {"METADATA", "LICENSE", "NOTICE", "entry_points.txt"} <= metadata
 
 

@@ -13,6 +13,7 @@ LAYERS = {
         "fmkernels._library",
         "fmkernels._autocast",
         "fmkernels._checks",
+        "fmkernels._cuda",
         "fmkernels.ops",
     ],
     "fmkernels.api": ["fmkernels"],

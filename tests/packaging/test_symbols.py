@@ -35,8 +35,39 @@ def extension(built):
 
 
 @pytest.fixture(scope="module")
+def cuda_library(built):
+    path = built.installed / "fmkernels" / "_cuda.abi3.so"
+    if not path.exists():
+        pytest.skip("built without nvcc")
+    return path
+
+
+def test_the_cuda_library_needs_only_python_and_the_system(cuda_library):
+    needed = [name for kind, name in symbols(cuda_library, "-D") if kind == "U"]
+    system = [name for name in needed if VERSIONED_BY_THE_SYSTEM.search(name)]
+    assert all(re.match(r"_?Py", name) for name in set(needed) - set(system))
+    dynamic = tool("objdump", "-p", str(cuda_library))
+    assert not re.search(r"NEEDED\s+lib(python|torch|c10|cuda)", dynamic)
+    assert not re.search(r"R(UN)?PATH", dynamic)
+
+
+def test_the_cuda_library_exports_one_function(cuda_library):
+    exported = [name for kind, name in symbols(cuda_library, "-D") if kind in "TDB"]
+    assert [name for name in exported if name[:1] != "_"] == ["PyInit__cuda"]
+
+
+def test_the_cuda_library_loads_without_a_gpu(built, cuda_library, run_python):
+    code = "from fmkernels import _cuda; print(len(_cuda.plan('bitonic', 49)))"
+    assert int(run_python("-c", code, path=built.installed).stdout.split()[-1]) > 4 * 483
+
+
+@pytest.fixture(scope="module")
 def objects(built):
-    found = sorted((built.tree / "build" / "objects").glob("*.o"))
+    found = sorted(
+        path
+        for path in (built.tree / "build" / "objects").glob("*.o")
+        if not path.name.startswith("cuda_")
+    )
     assert found
     return found
 

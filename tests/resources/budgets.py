@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """Most registers of a thread, most shared bytes of a program."""
+    """Most registers of a thread, most shared bytes of a program (those known when it is compiled)."""
 
     registers: int
     shared_bytes: int
@@ -18,6 +18,9 @@ BUDGETS = {
     "soft_sort_fwd_kernel": Budget(112, 4096),
     "soft_sort_bwd_kernel": Budget(128, 4096),
     "soft_sort_cross_entropy_kernel": Budget(128, 4096),
+    "soft_sort_fwd_cuda": Budget(128, 1024),
+    "soft_sort_bwd_cuda": Budget(128, 1024),
+    "soft_sort_cross_entropy_cuda": Budget(128, 1024),
 }
 
 

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
+from resource_usage import resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-
-class Resources(NamedTuple):
-    """Of one kernel on one architecture, as cuobjdump reports them."""
-
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-    shared_bytes: int
 
 
 def compiled(kernel, capability, arguments, **options):
@@ -40,13 +29,9 @@ def compiled(kernel, capability, arguments, **options):
 
 
 def resources(binary):
-    """What ``cuobjdump --dump-resource-usage`` says of a compiled kernel."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """What a compiled kernel needs."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
-        text = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Resources(found["REG"], found["STACK"], found["LOCAL"], binary.metadata.shared)
+        ((_, _, used),) = resource_usage(cubin)
+    return used._replace(shared_bytes=binary.metadata.shared)

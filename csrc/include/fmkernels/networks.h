@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -102,11 +103,15 @@ inline std::vector<Layer> network_layers(const std::string& network, int32_t n) 
 // Owns what a SortingPlan points to.
 class SortingNetwork {
  public:
-  SortingNetwork(const std::string& network, int32_t n) : size_(n) {
+  // group_rows: the most rows that a kernel takes through the network together.
+  SortingNetwork(const std::string& network, int32_t n, int32_t group_rows = max_group_rows)
+      : size_(n) {
     const std::vector<Layer> layers = network_layers(network, n);
     for (const Layer& layer : layers) {
+      layers_.push_back(static_cast<int32_t>(comparators_.size()));
       for (const Wires& wires : layer) comparators_.push_back({wires.first, wires.second, 0});
     }
+    layers_.push_back(static_cast<int32_t>(comparators_.size()));
     int32_t first = 0;  // comparator that begins the layer
     for (size_t index = 0; index < layers.size(); index += 2) {
       const int32_t count = static_cast<int32_t>(layers[index].size());
@@ -115,7 +120,7 @@ class SortingNetwork {
       add_two_layers(first, first + count, first + count + next);
       first += count + next;
     }
-    group_rows(network == "bitonic" ? (1 << merge_depth(n)) - n : 0);
+    make_groups(group_rows, network == "bitonic" ? (1 << merge_depth(n)) - n : 0);
     find_active();
   }
 
@@ -123,17 +128,47 @@ class SortingNetwork {
     return {
         size_,
         static_cast<int32_t>(comparators_.size()),
+        static_cast<int32_t>(layers_.size()) - 1,
         static_cast<int32_t>(segments_.size()),
         static_cast<int32_t>(groups_.size()),
+        tape_count_,
         comparators_.data(),
+        layers_.data(),
         quads_.data(),
         pairs_.data(),
         segments_.data(),
+        segment_of_slot_.data(),
         groups_.data(),
         active_.data()};
   }
 
+  // What unpack_plan() of packed_plan.h reads.
+  std::vector<int32_t> packed() const {
+    const SortingPlan p = plan();
+    std::vector<int32_t> table{
+        p.size, p.comparator_count, p.layer_count, p.segment_count, p.group_count, p.tape_count,
+        static_cast<int32_t>(quads_.size()), static_cast<int32_t>(pairs_.size())};
+    append(comparators_, table);
+    append(layers_, table);
+    append(quads_, table);
+    append(pairs_, table);
+    append(segments_, table);
+    append(segment_of_slot_, table);
+    append(groups_, table);
+    append(active_, table);
+    return table;
+  }
+
  private:
+  template <class Element>
+  static void append(const std::vector<Element>& elements, std::vector<int32_t>& table) {
+    static_assert(sizeof(Element) % sizeof(int32_t) == 0);
+    const size_t end = table.size();
+    table.resize(end + elements.size() * sizeof(Element) / sizeof(int32_t));
+    if (elements.empty()) return;
+    std::memcpy(table.data() + end, elements.data(), elements.size() * sizeof(Element));
+  }
+
   // Comparators [first, middle) are one layer and [middle, last) the next: take out the quads,
   // leave the rest as pairs.
   void add_two_layers(int32_t first, int32_t middle, int32_t last) {
@@ -147,7 +182,7 @@ class SortingNetwork {
       return c.lo == wire ? c.hi : c.lo;
     };
     std::vector<bool> in_quad(last - first, false);
-    const Segment quads{1, static_cast<int32_t>(quads_.size()), 0};
+    const Segment quads{1, static_cast<int32_t>(quads_.size()), 0, slots_};
     for (int32_t c = first; c < middle; ++c) {
       if (in_quad[c - first]) continue;
       const int32_t w0 = comparators_[c].lo, w1 = comparators_[c].hi;
@@ -163,7 +198,7 @@ class SortingNetwork {
     }
     close_segment(quads, static_cast<int32_t>(quads_.size()));
     for (const auto& [from, to] : {Wires{first, middle}, Wires{middle, last}}) {
-      const Segment pairs{0, static_cast<int32_t>(pairs_.size()), 0};
+      const Segment pairs{0, static_cast<int32_t>(pairs_.size()), 0, slots_};
       for (int32_t c = from; c < to; ++c) {
         if (in_quad[c - first]) continue;
         comparators_[c].slot = slots_++;
@@ -175,14 +210,16 @@ class SortingNetwork {
 
   void close_segment(Segment segment, int32_t end) {
     segment.count = end - segment.first;
-    if (segment.count > 0) segments_.push_back(segment);
+    if (segment.count == 0) return;
+    segment_of_slot_.resize(slots_, static_cast<int32_t>(segments_.size()));
+    segments_.push_back(segment);
   }
 
   // Rows of one group should spread alike: no group crosses the border of a block of its size, and
   // with `missing` wires below wire 0 the blocks begin at odd places.
-  void group_rows(int32_t missing) {
+  void make_groups(int32_t most_rows, int32_t missing) {
     for (int32_t row = 0; row < size_; row += groups_.back().count) {
-      int32_t count = max_group_rows;
+      int32_t count = most_rows;
       while (row + count > size_ || (row + missing) % count != 0) count /= 2;
       groups_.push_back({row, count});
     }
@@ -194,8 +231,9 @@ class SortingNetwork {
     for (const RowGroup& group : groups_) {
       std::vector<bool> reached(size_, false);
       std::fill_n(reached.begin() + group.first, group.count, true);
+      int32_t tape = 0;
       for (const Segment& segment : segments_) {
-        Range range{segment.first, segment.first};
+        Active range{segment.first, segment.first, 0};
         for (int32_t index = segment.first; index < segment.first + segment.count; ++index) {
           const int32_t* wires =
               segment.is_quads ? quads_[index].wire : pairs_[index].wire;
@@ -206,19 +244,26 @@ class SortingNetwork {
           if (range.first == range.last) range.first = index;
           range.last = index + 1;
         }
+        const int32_t slots = segment.is_quads ? 4 : 1;  // of a quad, of a pair
+        range.tape_shift = tape - segment.first_slot - slots * (range.first - segment.first);
+        tape += slots * (range.last - range.first);
         active_.push_back(range);
       }
+      tape_count_ = std::max(tape_count_, tape);
     }
   }
 
   int32_t size_;
   int32_t slots_ = 0;
+  int32_t tape_count_ = 0;
   std::vector<Comparator> comparators_;
+  std::vector<int32_t> layers_;
   std::vector<Quad> quads_;
   std::vector<Pair> pairs_;
   std::vector<Segment> segments_;
+  std::vector<int32_t> segment_of_slot_;
   std::vector<RowGroup> groups_;
-  std::vector<Range> active_;
+  std::vector<Active> active_;
 };
 
 }  // namespace fmkernels

@@ -86,46 +86,54 @@ FMKERNELS_INLINE void add_exactly(V a, V b, V& sum, V& rest) {
   rest = (a - (sum - rounded_b)) + (b - rounded_b);
 }
 
-// The value chain: sorts x in place and records every comparator's weights and (if asked) slopes.
-// A comparator leaves min + tail·|Δ| and max − tail·|Δ|; what rounding takes from these sums is kept
-// in rest (n), because everything that follows depends on small differences of the values.
+// One comparator of the value chain: sorts two of the values x in place and records the weights and
+// (if asked) the slopes. It leaves min + tail·|Δ| and max − tail·|Δ|; what rounding takes from these
+// sums is kept in rest (n), because everything that follows depends on small differences of x.
+template <Distribution distribution, class V>
+FMKERNELS_INLINE void sort_pair(
+    Comparator c, Settings<V> settings, V* x, V* rest, Weights<V>* weights, Slope<V>* slopes) {
+  const V lo = x[c.lo], hi = x[c.hi], lo_rest = rest[c.lo], hi_rest = rest[c.hi];
+  const V delta = (hi - lo) + (hi_rest - lo_rest);
+  const V tail = soft_swap_tail<distribution>(
+      delta, settings, slopes == nullptr ? nullptr : slopes + c.slot);
+  const auto reversed = delta < V(0);
+  weights[c.slot] = {select(reversed, tail, V(1) - tail), select(reversed, V(1) - tail, tail)};
+  const V shift = tail * absolute(delta);
+  add_exactly(select(reversed, hi, lo), shift, x[c.lo], rest[c.lo]);
+  add_exactly(select(reversed, lo, hi), -shift, x[c.hi], rest[c.hi]);
+  rest[c.lo] += select(reversed, hi_rest, lo_rest);
+  rest[c.hi] += select(reversed, lo_rest, hi_rest);
+}
+
+// Back through one comparator: grad holds the gradient of the values after it and becomes that of
+// the values before; grad_keep is what the rows of X add to the gradient of every keep.
+template <class V>
+FMKERNELS_INLINE void sort_pair_backward(
+    Comparator c, const Weights<V>* weights, const Slope<V>* slopes, const V* grad_keep, V* grad) {
+  V lo = grad[c.lo], hi = grad[c.hi];
+  const V d_delta = grad_keep[c.slot] * slopes[c.slot].slope - (lo - hi) * slopes[c.slot].elastic;
+  mix(lo, hi, weights[c.slot]);
+  grad[c.lo] = lo - d_delta;
+  grad[c.hi] = hi + d_delta;
+}
+
+// The whole value chain, and back.
 template <Distribution distribution, class V>
 FMKERNELS_INLINE void sort_values(
     const SortingPlan& plan, Settings<V> settings, V* x, V* rest, Weights<V>* weights,
     Slope<V>* slopes) {
   for (int32_t index = 0; index < plan.size; ++index) rest[index] = V(0);
   for (int32_t index = 0; index < plan.comparator_count; ++index) {
-    const Comparator c = plan.comparators[index];
-    const V lo = x[c.lo], hi = x[c.hi], lo_rest = rest[c.lo], hi_rest = rest[c.hi];
-    const V delta = (hi - lo) + (hi_rest - lo_rest);
-    const V tail = soft_swap_tail<distribution>(
-        delta, settings, slopes == nullptr ? nullptr : slopes + c.slot);
-    const auto reversed = delta < V(0);
-    weights[c.slot] = {
-        select(reversed, tail, V(1) - tail), select(reversed, V(1) - tail, tail)};
-    const V shift = tail * absolute(delta);
-    add_exactly(select(reversed, hi, lo), shift, x[c.lo], rest[c.lo]);
-    add_exactly(select(reversed, lo, hi), -shift, x[c.hi], rest[c.hi]);
-    rest[c.lo] += select(reversed, hi_rest, lo_rest);
-    rest[c.hi] += select(reversed, lo_rest, hi_rest);
+    sort_pair<distribution>(plan.comparators[index], settings, x, rest, weights, slopes);
   }
   for (int32_t index = 0; index < plan.size; ++index) x[index] += rest[index];
 }
-
-// Back through the value chain: grad holds the gradient of the sorted values and becomes that of
-// the scores; grad_keep is what the rows of X add to the gradient of every keep.
 template <class V>
 FMKERNELS_INLINE void sort_values_backward(
     const SortingPlan& plan, const Weights<V>* weights, const Slope<V>* slopes, const V* grad_keep,
     V* grad) {
   for (int32_t index = plan.comparator_count - 1; index >= 0; --index) {
-    const Comparator c = plan.comparators[index];
-    V lo = grad[c.lo], hi = grad[c.hi];
-    const V d_delta =
-        grad_keep[c.slot] * slopes[c.slot].slope - (lo - hi) * slopes[c.slot].elastic;
-    mix(lo, hi, weights[c.slot]);
-    grad[c.lo] = lo - d_delta;
-    grad[c.hi] = hi + d_delta;
+    sort_pair_backward(plan.comparators[index], weights, slopes, grad_keep, grad);
   }
 }
 
@@ -134,18 +142,19 @@ FMKERNELS_INLINE void sort_values_backward(
 template <int R>
 constexpr int rows_at_once = R < 2 ? R : 2;
 
-// The four wires of a quad. memory is (n, R) from the first of K rows on.
-template <int R, int K, class V>
-FMKERNELS_INLINE void load_quad(const Quad& quad, const V* memory, V (&x)[4][K]) {
+// The four wires of a quad. memory is (n, R) from the first of K rows on; like all arrays of rows
+// below it is a pointer, or whatever else can be indexed and moved as one.
+template <int R, int K, class Memory, class V>
+FMKERNELS_INLINE void load_quad(const Quad& quad, Memory memory, V (&x)[4][K]) {
   for (int k = 0; k < 4; ++k) {
-    const V* wire = memory + static_cast<int64_t>(quad.wire[k]) * R;
+    const Memory wire = memory + static_cast<int64_t>(quad.wire[k]) * R;
     for (int r = 0; r < K; ++r) x[k][r] = wire[r];
   }
 }
-template <int R, int K, class V>
-FMKERNELS_INLINE void store_quad(const Quad& quad, const V (&x)[4][K], V* memory) {
+template <int R, int K, class Memory, class V>
+FMKERNELS_INLINE void store_quad(const Quad& quad, const V (&x)[4][K], Memory memory) {
   for (int k = 0; k < 4; ++k) {
-    V* wire = memory + static_cast<int64_t>(quad.wire[k]) * R;
+    const Memory wire = memory + static_cast<int64_t>(quad.wire[k]) * R;
     for (int r = 0; r < K; ++r) wire[r] = x[k][r];
   }
 }
@@ -155,41 +164,42 @@ template <int K, class V>
 FMKERNELS_INLINE void mix(V (&a)[K], V (&b)[K], Weights<V> w) {
   for (int r = 0; r < K; ++r) mix(a[r], b[r], w);
 }
-template <int K, class V>
-FMKERNELS_INLINE void subtract(const V (&a)[K], const V (&b)[K], V* difference) {
+template <int K, class Memory, class V>
+FMKERNELS_INLINE void subtract(const V (&a)[K], const V (&b)[K], Memory difference) {
   for (int r = 0; r < K; ++r) difference[r] = a[r] - b[r];
 }
 // The comparator's share of the backward pass: adds Σ (a − b)·difference to the gradient of keep,
 // then mixes the gradients. b + keep·(a − b) would be half the multiplications, but −Q/P spans
 // thirty orders of magnitude, and the small gradients would be lost (measured: an error of 9e-2
 // instead of 3e-5 for the gaussian).
-template <int K, class V>
+template <int K, class Memory, class V>
 FMKERNELS_INLINE void unmix(
-    V (&a)[K], V (&b)[K], Weights<V> w, const V* difference, V& grad_keep) {
+    V (&a)[K], V (&b)[K], Weights<V> w, Memory difference, V& grad_keep) {
   for (int r = 0; r < K; ++r) grad_keep = grad_keep + (a[r] - b[r]) * difference[r];
   mix(a, b, w);
 }
 
 // The R rows of a group of X through all layers. state is (n, R); the start value is 1 (or the
-// scale that all later entries should carry). tape, if kept, is (comparators, R): the differences
-// that the backward pass multiplies with.
-template <int R, bool keep_tape, class V>
+// scale that all later entries should carry). tape, if kept, is (plan.tape_count, R): the
+// differences that the backward pass multiplies with.
+template <int R, bool keep_tape, class Memory, class V>
 FMKERNELS_INLINE void sort_rows(
-    const SortingPlan& plan, int32_t group, V start, const Weights<V>* weights, V* state,
-    V* tape) {
+    const SortingPlan& plan, int32_t group, V start, const Weights<V>* weights, Memory state,
+    Memory tape) {
   constexpr int K = rows_at_once<R>;
   const int32_t first = plan.groups[group].first;
   for (int32_t index = 0; index < plan.size * R; ++index) state[index] = V(0);
   for (int r = 0; r < R; ++r) state[(first + r) * R + r] = start;
 
-  const Range* active = plan.active + static_cast<int64_t>(group) * plan.segment_count;
+  const Active* active = plan.active + static_cast<int64_t>(group) * plan.segment_count;
   for (int32_t s = 0; s < plan.segment_count; ++s) {
+    const Active part = active[s];
     if (plan.segments[s].is_quads) {
-      for (int32_t q = active[s].first; q < active[s].last; ++q) {
+      for (int32_t q = part.first; q < part.last; ++q) {
         const Quad quad = plan.quads[q];
         const Weights<V>* w = weights + quad.first_slot;
         for (int r = 0; r < R; r += K) {
-          V* t = tape + static_cast<int64_t>(quad.first_slot) * R + r;
+          const Memory t = tape + static_cast<int64_t>(quad.first_slot + part.tape_shift) * R + r;
           V x[4][K];
           load_quad<R>(quad, state + r, x);
           if constexpr (keep_tape) {
@@ -208,11 +218,11 @@ FMKERNELS_INLINE void sort_rows(
         }
       }
     } else {
-      for (int32_t p = active[s].first; p < active[s].last; ++p) {
+      for (int32_t p = part.first; p < part.last; ++p) {
         const Pair pair = plan.pairs[p];
-        V* a = state + static_cast<int64_t>(pair.wire[0]) * R;
-        V* b = state + static_cast<int64_t>(pair.wire[1]) * R;
-        V* t = tape + static_cast<int64_t>(pair.slot) * R;
+        const Memory a = state + static_cast<int64_t>(pair.wire[0]) * R;
+        const Memory b = state + static_cast<int64_t>(pair.wire[1]) * R;
+        const Memory t = tape + static_cast<int64_t>(pair.slot + part.tape_shift) * R;
         for (int r = 0; r < R; ++r) {
           if constexpr (keep_tape) t[r] = a[r] - b[r];
           mix(a[r], b[r], weights[pair.slot]);
@@ -222,22 +232,24 @@ FMKERNELS_INLINE void sort_rows(
   }
 }
 
-// Back through the layers with the gradient of a group's rows (n, R), which is used up: adds Σ e·d
-// to grad_keep. The group's sum comes first, so that a long column of rows is summed in two levels.
-template <int R, class V>
+// Back through the layers with the gradient of a group's rows (n, R), which is used up. The group's
+// share of the gradient of every keep, Σ e·d, goes to add(slot, position on the tape, share).
+template <int R, class Memory, class V, class Add>
 FMKERNELS_INLINE void sort_rows_backward(
-    const SortingPlan& plan, int32_t group, const Weights<V>* weights, const V* tape, V* grad,
-    V* grad_keep) {
+    const SortingPlan& plan, int32_t group, const Weights<V>* weights, Memory tape, Memory grad,
+    Add add) {
   constexpr int K = rows_at_once<R>;
-  const Range* active = plan.active + static_cast<int64_t>(group) * plan.segment_count;
+  const Active* active = plan.active + static_cast<int64_t>(group) * plan.segment_count;
   for (int32_t s = plan.segment_count - 1; s >= 0; --s) {
+    const Active part = active[s];
     if (plan.segments[s].is_quads) {
-      for (int32_t q = active[s].first; q < active[s].last; ++q) {
+      for (int32_t q = part.first; q < part.last; ++q) {
         const Quad quad = plan.quads[q];
         const Weights<V>* w = weights + quad.first_slot;
+        const int32_t position = quad.first_slot + part.tape_shift;
         V sum[4] = {V(0), V(0), V(0), V(0)};
         for (int r = 0; r < R; r += K) {
-          const V* t = tape + static_cast<int64_t>(quad.first_slot) * R + r;
+          const Memory t = tape + static_cast<int64_t>(position) * R + r;
           V g[4][K];
           load_quad<R>(quad, grad + r, g);
           unmix(g[0], g[2], w[2], t + 2 * R, sum[2]);
@@ -246,20 +258,21 @@ FMKERNELS_INLINE void sort_rows_backward(
           unmix(g[2], g[3], w[1], t + R, sum[1]);
           store_quad<R>(quad, g, grad + r);
         }
-        for (int k = 0; k < 4; ++k) grad_keep[quad.first_slot + k] += sum[k];
+        for (int k = 0; k < 4; ++k) add(quad.first_slot + k, position + k, sum[k]);
       }
     } else {
-      for (int32_t p = active[s].first; p < active[s].last; ++p) {
+      for (int32_t p = part.first; p < part.last; ++p) {
         const Pair pair = plan.pairs[p];
-        V* a = grad + static_cast<int64_t>(pair.wire[0]) * R;
-        V* b = grad + static_cast<int64_t>(pair.wire[1]) * R;
-        const V* t = tape + static_cast<int64_t>(pair.slot) * R;
+        const int32_t position = pair.slot + part.tape_shift;
+        const Memory a = grad + static_cast<int64_t>(pair.wire[0]) * R;
+        const Memory b = grad + static_cast<int64_t>(pair.wire[1]) * R;
+        const Memory t = tape + static_cast<int64_t>(position) * R;
         V sum(0);
         for (int r = 0; r < R; ++r) {
           sum = sum + (a[r] - b[r]) * t[r];
           mix(a[r], b[r], weights[pair.slot]);
         }
-        grad_keep[pair.slot] += sum;
+        add(pair.slot, position, sum);
       }
     }
   }

@@ -28,14 +28,18 @@ struct Pair {
 struct Segment {
   int32_t is_quads;
   int32_t first, count;  // in quads or in pairs
+  int32_t first_slot;    // of the first of them; the others follow
 };
 
-struct Range {
-  int32_t first, last;  // [first, last)
+// The part [first, last) of a segment, in quads or in pairs. Only their differences are on the tape:
+// that of the comparator in `slot` at slot + tape_shift.
+struct Active {
+  int32_t first, last;
+  int32_t tape_shift;
 };
 
 // Rows first … first + count − 1 of X, taken through the network together: they share every load of
-// a weight and one addition to its gradient. count is 1, 2 or max_group_rows.
+// a weight and one addition to its gradient. count is a power of two, at most max_group_rows.
 struct RowGroup {
   int32_t first, count;
 };
@@ -44,17 +48,21 @@ constexpr int32_t max_group_rows = 4;
 struct SortingPlan {
   int32_t size;  // n, the wires
   int32_t comparator_count;
+  int32_t layer_count;
   int32_t segment_count;
   int32_t group_count;
+  int32_t tape_count;             // the longest tape of a group
   const Comparator* comparators;  // in the order of the layers
+  const int32_t* layers;          // layer l has comparators [layers[l], layers[l + 1])
   const Quad* quads;
   const Pair* pairs;
   const Segment* segments;
+  const int32_t* segment_of_slot;
   const RowGroup* groups;
   // active[group · segment_count + segment]: the part of the segment in which the group's rows of X
   // are not zero on all wires. A row starts on one wire and spreads as blocks are merged; about
   // half of all the work is on zeros, and skipped.
-  const Range* active;
+  const Active* active;
 };
 
 enum class Distribution : int32_t {

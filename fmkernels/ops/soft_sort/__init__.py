@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fmkernels import _checks
-from fmkernels._library import Op
+from fmkernels._library import GpuKernel, Op
 from fmkernels.ops.soft_sort import reference
-from fmkernels.ops.soft_sort.config import MAX_TRITON_SIZE
+from fmkernels.ops.soft_sort.config import MAX_CUDA_SIZE, MAX_TRITON_SIZE
 from fmkernels.ops.soft_sort.networks import NETWORKS, sorts
 from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
@@ -138,6 +139,29 @@ def triton_limit(scores: Tensor, *_: Any) -> str | None:
     return None if n <= MAX_TRITON_SIZE else f"rows of {n} values exceed {MAX_TRITON_SIZE}"
 
 
+def cuda_limit(with_teacher: bool, with_grad: bool) -> Callable[..., str | None]:
+    """Why the CUDA kernels refuse scores, as a function of them, steepness, network."""
+
+    def limit(
+        scores: Tensor, steepness: float = 100.0, network: str = "bitonic", *_: Any
+    ) -> str | None:
+        n = scores.shape[-1]
+        if scores.dtype == torch.float64:
+            return "computes in float32, got float64"
+        if n > MAX_CUDA_SIZE:
+            return f"rows of {n} values exceed {MAX_CUDA_SIZE}"
+        if not scores.is_cuda:
+            return None
+        from fmkernels.ops.soft_sort.cuda import plan
+
+        queries = max(1, scores.numel() // n)
+        if plan(queries, n, network, scores.device, with_teacher, with_grad) is None:
+            return f"rows of {n} values need more shared memory than a block has"
+        return None
+
+    return limit
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     scores, *ctx.settings = inputs
     ctx.set_materialize_grads(False)
@@ -153,11 +177,15 @@ def _backward(
     return SOFT_SORT_BACKWARD(grad_values, grad_permutation, scores, *ctx.settings)  # type: ignore[no-any-return]
 
 
+def _without_grads(limit: Callable[..., str | None]) -> Callable[..., str | None]:
+    return lambda grad_values, grad_permutation, *args: limit(*args)
+
+
 SETTINGS = (
     'float steepness=100.0, str network="bitonic", str distribution="cauchy", float art_lambda=0.25'
 )
 
-TRITON = "fmkernels.ops.soft_sort.triton"
+HERE = "fmkernels.ops.soft_sort"
 
 SOFT_SORT = Op(
     "soft_sort",
@@ -167,8 +195,10 @@ SOFT_SORT = Op(
     setup_context=_setup_context,
     backward=_backward,
     limits=size_limit,
-    triton=TRITON,
-    triton_limits=triton_limit,
+    gpu=(
+        GpuKernel("cuda", f"{HERE}.cuda", cuda_limit(with_teacher=False, with_grad=False)),
+        GpuKernel("triton", f"{HERE}.triton", triton_limit),
+    ),
 )
 
 SOFT_SORT_BACKWARD = Op(
@@ -176,7 +206,11 @@ SOFT_SORT_BACKWARD = Op(
     f"(Tensor? grad_values, Tensor? grad_permutation, Tensor scores, {SETTINGS}) -> Tensor",
     reference=reference.soft_sort_backward,
     fake=lambda grad_values, grad_permutation, scores, *_: scores.new_empty(scores.shape),
-    limits=lambda grad_values, grad_permutation, scores, *_: size_limit(scores),
-    triton=TRITON,
-    triton_limits=lambda grad_values, grad_permutation, scores, *_: triton_limit(scores),
+    limits=_without_grads(size_limit),
+    gpu=(
+        GpuKernel(
+            "cuda", f"{HERE}.cuda", _without_grads(cuda_limit(with_teacher=False, with_grad=True))
+        ),
+        GpuKernel("triton", f"{HERE}.triton", _without_grads(triton_limit)),
+    ),
 )

@@ -1,7 +1,8 @@
-"""How the Triton kernels of the sort are launched: pure functions of sizes and device."""
+"""How the GPU kernels of the sort are launched: pure functions of sizes and device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_TRITON_SIZE = 256
@@ -86,3 +87,54 @@ def launch_plan(
     fitting = max(1, WORKSPACE_BYTES // (4 * slot))
     grid = min(queries, multiprocessors * config.programs_per_sm, fitting)
     return Plan(grid, wires, slot, config)
+
+
+MAX_CUDA_SIZE = 128
+"""Longer rows go to the Triton kernel."""
+
+RESERVED_BYTES = 1024
+"""Of shared memory, which the driver takes for every block."""
+
+MAX_GRID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One launch of a CUDA kernel: a block sorts one query at a time, in its shared memory."""
+
+    grid: int
+    threads: int
+    rows: int
+    """Of X that a block carries at the same time, one per thread."""
+    shared_bytes: int
+    blocks_per_sm: int
+
+
+def block_plan(
+    queries: int, n: int, block_limit: int, sm_limit: int, shared_bytes: Callable[[int], int]
+) -> BlockPlan | None:
+    """The launch for so many queries of n values, or None where no block is small enough.
+
+    A block takes its rows in as few passes as keep most rows of X on a multiprocessor; fewer than
+    16 rows would leave more than half of a warp idle.
+
+    Args:
+        queries: rows of scores; at least 1.
+        n: values per row.
+        block_limit: shared bytes that a block may take on the device.
+        sm_limit: shared bytes of a multiprocessor.
+        shared_bytes: of a block that carries so many rows.
+    """
+    best, most = None, 0.0
+    for passes in range(1, max(1, n // 16) + 1):
+        rows = -(-n // passes)
+        needed = shared_bytes(rows)
+        if needed > block_limit:
+            continue
+        blocks = max(1, sm_limit // (needed + RESERVED_BYTES))
+        resident = blocks * n / passes
+        if resident > most:
+            threads = max(64, -(-rows // 32) * 32)
+            best = BlockPlan(min(queries, MAX_GRID), threads, rows, needed, blocks)
+            most = resident
+    return best

@@ -9,8 +9,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fmkernels import _checks
-from fmkernels._library import Op
-from fmkernels.ops.soft_sort import HALF, check_settings, check_sorts, size_limit, triton_limit
+from fmkernels._library import GpuKernel, Op
+from fmkernels.ops.soft_sort import (
+    HALF,
+    check_settings,
+    check_sorts,
+    cuda_limit,
+    size_limit,
+    triton_limit,
+)
 from fmkernels.ops.soft_sort.reference import compute_dtype
 from fmkernels.ops.soft_sort_cross_entropy import reference
 from fmkernels.ops.soft_sort_cross_entropy.reference import REDUCTIONS
@@ -190,7 +197,27 @@ _ARGUMENTS = (
     'float art_lambda=0.25, str reduction="mean"'
 )
 
-TRITON = "fmkernels.ops.soft_sort_cross_entropy.triton"
+HERE = "fmkernels.ops.soft_sort_cross_entropy"
+
+
+def _gpu_kernels(with_grad: bool) -> tuple[GpuKernel, ...]:
+    limit = cuda_limit(with_teacher=True, with_grad=with_grad)
+
+    def cuda(
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None = None,
+        steepness: float = 100.0,
+        teacher_steepness: float | None = None,
+        *settings: Any,
+    ) -> str | None:
+        return limit(student, steepness, *settings)
+
+    return (
+        GpuKernel("cuda", f"{HERE}.cuda", cuda),
+        GpuKernel("triton", f"{HERE}.triton", triton_limit),
+    )
+
 
 SOFT_SORT_CROSS_ENTROPY = Op(
     NAME,
@@ -201,8 +228,7 @@ SOFT_SORT_CROSS_ENTROPY = Op(
     backward=_backward,
     only_first=True,
     limits=size_limit,
-    triton=TRITON,
-    triton_limits=triton_limit,
+    gpu=_gpu_kernels(with_grad=True),
 )
 
 SOFT_SORT_CROSS_ENTROPY_LOSS = Op(
@@ -211,7 +237,6 @@ SOFT_SORT_CROSS_ENTROPY_LOSS = Op(
     reference=reference.soft_sort_cross_entropy_loss,
     fake=_fake_loss,
     limits=size_limit,
-    triton=TRITON,
-    triton_limits=triton_limit,
+    gpu=_gpu_kernels(with_grad=False),
 )
 """For calls without a gradient."""
