@@ -1,10 +1,10 @@
-"""The whole build: csrc/cpu into fmkernels/_C.abi3.so, csrc/cuda into _cuda.abi3.so; or pure Python.
+"""The whole build: csrc/cpu into _C.abi3.so, csrc/cuda into _cuda.abi3.so; or pure Python.
 
 ``*_kernel.cpp`` is compiled once per instruction set; the best one that the CPU can run is chosen
 when the extension is loaded. LibTorch's stable ABI and CPython's limited API make one wheel serve
 every torch >= 2.10 and Python >= 3.10. Without a C++ compiler or without torch the build goes on
-without the extension, says so, and leaves the reason where ``python -m fmkernels info`` finds it; without
-nvcc, likewise, it goes on without the CUDA kernels. Those know nothing of torch, only addresses.
+without the extension, says so, and leaves the reason where ``python -m fmkernels info`` finds it;
+without nvcc, likewise, without the CUDA kernels. Those know nothing of torch, only addresses.
 """
 
 import os
@@ -39,7 +39,7 @@ else:
 CUDA = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
 CUDA += ["-Werror", "all-warnings"]
 GPUS = ("80", "90a", "100", "120")
-"""Compute capabilities with machine code: A100, H100 and H200, B200, RTX 50; PTX for what follows."""
+"""With machine code: A100, H100 and H200, B200, RTX 50; PTX for what follows."""
 CUDA += [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in GPUS]
 CUDA += [f"-gencode=arch=compute_{GPUS[-1]},code=compute_{GPUS[-1]}"]
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 BACKENDS = ("cpp", "triton", "cuda", "reference")
@@ -103,7 +104,7 @@ def _check_backend(name: str, what: str = "backend: name") -> str:
     return name
 
 
-_requested = _check_backend(os.environ.get("FMKERNELS_BACKEND", "auto"), "FMKERNELS_BACKEND")
+_requested = _check_backend(os.environ.get("FMKERNELS_BACKEND") or "auto", "FMKERNELS_BACKEND")
 
 
 @contextlib.contextmanager
@@ -119,8 +120,8 @@ def backend(name: str) -> Iterator[None]:
         ValueError: if there is no backend of that name. An op that the backend cannot run raises
             ``RuntimeError`` when it is called, with the reason of every backend.
 
-    The choice holds for the whole process, other threads included. A backward pass runs where
-    its forward pass ran.
+    The choice holds for the whole process, other threads included. The backward pass of a forward
+    pass on the reference runs on the reference, that of any other on the fastest that can run.
 
     Example:
         >>> import torch, fmkernels
@@ -223,7 +224,11 @@ class Op:
         setup_context: Callable[..., None],
         backward: Callable[..., Any],
     ) -> _Autograd:
-        only_first = self.only_first
+        only_first, forced = self.only_first, overload is self._reference.overload
+
+        def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.on_reference = forced
+            setup_context(ctx, inputs, output)
 
         def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
             none = (None,) * (len(ctx.needs_input_grad) - 1)  # one more would cost 5 µs
@@ -237,15 +242,13 @@ class Op:
 
         # This is what torch.compile sees. In eager mode an autograd.Function does the same at a
         # quarter of the host time.
-        torch.library.register_autograd(
-            overload, backward_once, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(overload, backward_once, setup_context=keep, lib=LIBRARY)
 
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
                 output = _below_autograd(overload, args)
-                setup_context(ctx, args, output)
+                keep(ctx, args, output)
                 return output[0] if only_first else output
 
         # torch.func wants forward and setup_context apart, and asks for a vmap rule.
@@ -256,7 +259,7 @@ class Op:
 
             vmap = staticmethod(_refuse_vmap(self.name))
 
-        Functional.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+        Functional.setup_context = staticmethod(keep)  # type: ignore[method-assign]
         for function in (Eager, Functional):
             function.backward = staticmethod(backward_once)  # type: ignore[method-assign]
             function.__name__ = function.__qualname__ = self.name
@@ -265,6 +268,8 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend that the dispatcher or ``fmkernels.backend`` chooses."""
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
         route = self._main if _requested == "auto" else self._select(args)
         if is_compiling():
             output = route.overload(*args)
@@ -277,6 +282,18 @@ class Op:
         else:
             output = _below_autograd(route.overload, args)
         return output[0] if self.only_first else output
+
+    def run(self, on_reference: bool, *args: Any) -> Any:
+        """Run the op below autograd, on the reference or on the fastest that can run."""
+        return (self._reference if on_reference else self._main).overload(*args)
+
+    def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
+        for arg in args:
+            if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+                raise NotImplementedError(
+                    f"{self.name}: forward-mode differentiation (jvp, jacfwd) is not supported; "
+                    "use reverse mode"
+                )
 
     def without_defaults(self, *last: Any) -> tuple[Any, ...]:
         """The last arguments of a call, as few of them as the schema's defaults allow.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor, nn
 
 from fmkernels import soft_sort
+from fmkernels.ops.soft_sort import check_settings, check_sorts
 
 
 class DiffSortNet(nn.Module):
@@ -40,7 +44,7 @@ class DiffSortNet(nn.Module):
     def __init__(
         self,
         sorting_network_type: str,
-        size: int,
+        size: SupportsIndex,
         device: torch.device | str = "cpu",
         steepness: float = 10.0,
         art_lambda: float = 0.25,
@@ -56,17 +60,23 @@ class DiffSortNet(nn.Module):
                 )
             distribution = interpolation_type
         self.sorting_network_type = sorting_network_type
-        self.size = size
+        self.size = self._checked_size(size)
         self.steepness = steepness
         self.art_lambda = art_lambda
         self.distribution = distribution
-        self._sort(torch.zeros(1, self._checked_size(size)))  # refuse bad settings here and now
+        op = "DiffSortNet"  # refuse bad settings here and now
+        check_settings(op, steepness, sorting_network_type, distribution, art_lambda)
+        check_sorts(op, sorting_network_type, self.size)
 
     @staticmethod
-    def _checked_size(size: int) -> int:
-        if not isinstance(size, int) or size < 1:
+    def _checked_size(size: SupportsIndex) -> int:
+        try:
+            checked = operator.index(size)
+        except TypeError:
+            checked = 0
+        if checked < 1:
             raise ValueError(f"DiffSortNet: size: expected an integer >= 1, got {size!r}")
-        return size
+        return checked
 
     def _sort(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         return soft_sort(

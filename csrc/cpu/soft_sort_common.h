@@ -13,7 +13,9 @@ namespace fmkernels {
 // Longer rows go to the reference op: the working memory of a thread grows with the comparators.
 constexpr int64_t max_kernel_size = 1024;
 inline bool exceeds_kernel(const Tensor& scores) {
-  return scores.dim() > 0 && scores.size(-1) > max_kernel_size;
+  STD_TORCH_CHECK(
+      scores.dim() > 0 && scores.size(-1) > 0, "soft_sort: scores: expected shape (..., n >= 1)");
+  return scores.size(-1) > max_kernel_size;
 }
 
 // The plan of a network, built once per process. Throws for an unknown name.
@@ -36,8 +38,6 @@ template <class T>
 SoftSortArgs<T> soft_sort_args(
     const Tensor& scores, double steepness, const std::string& network,
     const std::string& distribution, double art_lambda) {
-  STD_TORCH_CHECK(
-      scores.dim() > 0 && scores.size(-1) > 0, "soft_sort: scores: expected shape (..., n >= 1)");
   const int64_t n = scores.size(-1);
   return {
       sorting_plan(network, n),    parse_distribution(distribution),

@@ -68,7 +68,7 @@ std::tuple<Tensor, std::optional<Tensor>> cross_entropy(
   const Tensor x = dense(student, arithmetic), y = dense(teacher, arithmetic);
   check_count("teacher", y, x.numel());
   if (mask) {
-    check_count("mask", *mask, x.numel() / (x.size(-1) > 0 ? x.size(-1) : 1));
+    check_count("mask", *mask, x.numel() / x.size(-1));
     mask = dense(*mask, arithmetic);
   }
   std::optional<Tensor> grad;

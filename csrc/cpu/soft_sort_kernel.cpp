@@ -257,13 +257,12 @@ void cross_entropy(const CrossEntropyForward<T>& args, int64_t first, int64_t la
       group.load(args.mask, 1, 1, 1, &weight);
       weight = weight * V(args.scale);
     }
-    const auto counts = absolute(weight) > V(0);  // a weight of zero removes even a NaN
-    loss = select(counts, weight * loss, V(0));
+    loss = weighted(weight, loss);
     group.store(&loss, 1, 1, args.losses, 1);
     if (with_grad) {
       clear(s.grad, n);
       sort_values_backward(plan, s.student, s.slopes, s.grad_keep, s.grad);
-      for (int64_t j = 0; j < n; ++j) s.grad[j] = select(counts, weight * s.grad[j], V(0));
+      for (int64_t j = 0; j < n; ++j) s.grad[j] = weighted(weight, s.grad[j]);
       group.store(s.grad, 1, n, args.grad_student, n);
     }
   }

@@ -40,8 +40,8 @@ inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
-// An uninitialised dense CPU tensor of float or double. The C shim allocates without a trip through the dispatcher,
-// which would cost more than a small sort.
+// An uninitialised dense CPU tensor of float or double. The C shim allocates without a trip through
+// the dispatcher, which would cost more than a small sort.
 template <class T>
 Tensor empty(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size());

@@ -54,7 +54,7 @@ def test_a_violation_names_kernel_architecture_and_numbers(tmp_path):
     (tmp_path / "kernel.cu").write_text(BREAKS_IT)
     command = ["nvcc", "-cubin", "-arch=sm_80", tmp_path / "kernel.cu", "-o", tmp_path / "kernel"]
     subprocess.run(command, check=True, capture_output=True)
-    ((architecture, mangled, used),) = resource_usage(tmp_path / "kernel")
+    ((_, mangled, used),) = resource_usage(tmp_path / "kernel")
     assert used.stack_bytes >= 256
     found = violations(named(mangled), "sm_80", used)
     assert f"soft_sort_fwd_cuda on sm_80: stack_bytes: {used.stack_bytes} used, 0 allowed" in found

@@ -290,4 +290,11 @@ FMKERNELS_INLINE V cross_entropy(V p, V q, V* grad) {
   return -q * log(select(p < floor, floor, p));
 }
 
+// weight·value, in which a weight of zero removes even a NaN; a weight that is NaN shows.
+template <class V>
+FMKERNELS_INLINE V weighted(V weight, V value) {
+  const V product = weight * value;
+  return select(absolute(weight) > V(0), product, select(weight < V(1), V(0), product));
+}
+
 FMKERNELS_NAMESPACE_END

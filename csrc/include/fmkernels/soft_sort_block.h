@@ -256,7 +256,6 @@ FMKERNELS_BLOCK void cross_entropy_query(
     if constexpr (with_grad) sum_over_rows(block, plan, memory, first, count);
   }
   const float weight = args.scale * (args.mask == nullptr ? 1.0f : args.mask[query]);
-  const bool counts = absolute(weight) > 0.0f;  // a weight of zero removes even a NaN
   block.each(n, [&](int32_t wire) {
     memory.x[wire] = 0;
     if (wire > 0) return;
@@ -266,12 +265,12 @@ FMKERNELS_BLOCK void cross_entropy_query(
       lost = (sum - loss) - addend;
       loss = sum;
     }
-    args.losses[query] = counts ? weight * loss : 0.0f;
+    args.losses[query] = weighted(weight, loss);
   });
   if constexpr (with_grad) {
     sort_layers_backward(block, plan, memory);
     block.each(n, [&](int32_t wire) {
-      args.grad_student[query * n + wire] = counts ? weight * memory.x[wire] : 0.0f;
+      args.grad_student[query * n + wire] = weighted(weight, memory.x[wire]);
     });
   }
 }

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from fmkernels import _checks
 from fmkernels._autocast import without_autocast
-from fmkernels.ops.soft_sort_cross_entropy import soft_sort_cross_entropy
+from fmkernels.ops.soft_sort import check_settings, check_sorts
+from fmkernels.ops.soft_sort_cross_entropy import check_mask, soft_sort_cross_entropy
+from fmkernels.ops.soft_sort_cross_entropy.reference import REDUCTIONS
 
 METRICS = ("cosine", "euclidean")
 
@@ -42,7 +45,8 @@ def patch_neighbor_loss(
         references: (B, R, D) patches to be ordered; R is the length of the sorted rows. Their
             gradient is that of the student's term.
         metric: ``"cosine"`` normalises the features; ``"euclidean"`` takes them as they are.
-        mask: (B, N) weight of each patch, bool or numbers, or None.
+        mask: (B, N) weight of each patch, bool or numbers, or None. A patch of weight 0 contributes
+            nothing to loss or gradients, even if its features are NaN.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (B, N); as in
             :func:`fmkernels.soft_sort_cross_entropy`, and so are the remaining arguments.
         steepness: of the student's sort.
@@ -78,6 +82,16 @@ def patch_neighbor_loss(
     _check_features(op, student, teacher, references)
     if metric not in METRICS:
         _checks.choice(op, "metric", metric, METRICS)
+    check_settings(op, steepness, network, distribution, art_lambda)
+    if teacher_steepness is not None:
+        _checks.non_negative(op, "teacher_steepness", teacher_steepness)
+    _checks.choice(op, "reduction", reduction, REDUCTIONS)
+    if not is_compiling():  # the op itself checks it when it is traced
+        check_sorts(op, network, references.shape[1])
+    if mask is not None:
+        mask = check_mask(op, mask, student)
+        out = (mask == 0).unsqueeze(-1)  # so that a NaN there reaches no gradient
+        student, teacher = student.masked_fill(out, 0), teacher.masked_fill(out, 0)
     dtype = torch.float32
     for features in (student, teacher, references):
         dtype = torch.promote_types(dtype, features.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fmkernels import _checks
+from fmkernels._autocast import autocasts
 from fmkernels._library import GpuKernel, Op
 from fmkernels.ops.soft_sort import reference
 from fmkernels.ops.soft_sort.config import MAX_CUDA_SIZE, MAX_TRITON_SIZE
@@ -18,6 +19,10 @@ from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
 MAX_KERNEL_SIZE = 1024
 """Rows longer than this are sorted by the reference."""
+
+
+MAX_DECIDED = 1536
+"""Up to here it takes seconds to find out whether ``bitonic`` sorts; soon after that, minutes."""
 
 
 def soft_sort(
@@ -79,7 +84,7 @@ def soft_sort(
         half = scores.dtype in HALF
     else:
         half, settings = _checks.once(_checked, scores, scores, settings)
-    if half and torch.is_autocast_enabled(scores.device.type):
+    if half and autocasts(scores):
         scores = scores.float()
     return SOFT_SORT(scores, *settings)  # type: ignore[no-any-return]
 
@@ -111,6 +116,11 @@ def check_settings(
 
 def check_sorts(op: str, network: str, n: int) -> None:
     """Refuse a wiring that leaves some inputs unsorted."""
+    if network == "bitonic" and n > MAX_DECIDED and n & (n - 1):
+        raise ValueError(
+            f"{op}: network: expected one that is known to sort {n} values; {network!r} leaves some "
+            f"sizes unsorted, and is decided up to {MAX_DECIDED} and for powers of two; use another"
+        )
     if network == "bitonic" and not sorts(network, int(n)):
         alternatives = ", ".join(repr(name) for name in NETWORKS if name != network)
         raise ValueError(
@@ -174,7 +184,9 @@ def _backward(
     if grad_values is None and grad_permutation is None:
         return None
     (scores,) = ctx.saved_tensors
-    return SOFT_SORT_BACKWARD(grad_values, grad_permutation, scores, *ctx.settings)  # type: ignore[no-any-return]
+    return SOFT_SORT_BACKWARD.run(
+        ctx.on_reference, grad_values, grad_permutation, scores, *ctx.settings
+    )  # type: ignore[no-any-return]
 
 
 def _without_grads(limit: Callable[..., str | None]) -> Callable[..., str | None]:

@@ -1,6 +1,7 @@
 """soft_sort on NVIDIA GPUs with the CUDA library: what surrounds a launch.
 
-The kernels compute in float32 on dense rows; csrc/include/fmkernels/soft_sort_block.h describes them.
+The kernels compute in float32 on dense rows; csrc/include/fmkernels/soft_sort_block.h has the
+design.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def launch_arguments(
     with_teacher: bool = False,
     with_grad: bool = False,
 ) -> tuple[Any, ...]:
-    """What every launch begins with; ``scores`` is dense and float32, and must outlive the launch."""
+    """What every launch begins with; ``scores`` is dense, float32 and outlives the launch."""
     n = scores.shape[-1]
     queries = scores.numel() // n
     launch = plan(queries, n, network, scores.device, with_teacher, with_grad)

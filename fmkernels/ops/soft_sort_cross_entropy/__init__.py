@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fmkernels import _checks
+from fmkernels._autocast import autocasts
 from fmkernels._library import GpuKernel, Op
 from fmkernels.ops.soft_sort import (
     HALF,
@@ -91,7 +92,7 @@ def soft_sort_cross_entropy(
     else:
         wide, settings = _checks.once(_checked, student, teacher, settings)
     if mask is not None:
-        mask = _check_mask(mask, student)
+        mask = check_mask(NAME, mask, student)
     if not wide:
         student, teacher = _same_dtype(student, teacher)
     run = SOFT_SORT_CROSS_ENTROPY_LOSS
@@ -137,22 +138,23 @@ def _checked(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[bool, tu
 def _same_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The promoted one; float32 for a half under autocast."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
-    if dtype in HALF and torch.is_autocast_enabled(student.device.type):
+    if dtype in HALF and autocasts(student):
         dtype = torch.float32
     return student.to(dtype), teacher.to(dtype)
 
 
-def _check_mask(mask: Any, student: Tensor) -> Tensor:
+def check_mask(op: str, mask: Any, student: Tensor) -> Tensor:
+    """One weight per row of ``student``, outside of the graph, in float32 (or float64)."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{NAME}: mask: expected a torch.Tensor, got {type(mask).__name__}")
+        raise TypeError(f"{op}: mask: expected a torch.Tensor, got {type(mask).__name__}")
     if mask.shape != student.shape[:-1]:
         raise ValueError(
-            f"{NAME}: mask: expected one weight per query, shape {tuple(student.shape[:-1])}, "
+            f"{op}: mask: expected one weight per query, shape {tuple(student.shape[:-1])}, "
             f"got {_checks.shape(mask)}"
         )
     if mask.is_complex():
-        raise TypeError(f"{NAME}: mask: expected bool or real numbers, got {mask.dtype}")
-    _checks.same_device(NAME, "mask", mask, "student", student)
+        raise TypeError(f"{op}: mask: expected bool or real numbers, got {mask.dtype}")
+    _checks.same_device(op, "mask", mask, "student", student)
     return mask.detach().to(torch.float64 if student.dtype == torch.float64 else torch.float32)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmkernels import _cuda
 from fmkernels.ops.soft_sort.cuda import dense, launch_arguments
-from fmkernels.ops.soft_sort_cross_entropy.reference import row_weights
+from fmkernels.ops.soft_sort_cross_entropy.reference import check_counts, row_weights
 
 
 def soft_sort_cross_entropy(
@@ -26,6 +26,7 @@ def soft_sort_cross_entropy(
     compute_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or None)."""
+    check_counts(student, teacher, mask)
     x, y = dense(student), dense(teacher)
     losses = x.new_empty(x.shape[:-1])
     grad = torch.empty_like(x) if compute_grad else None

@@ -47,6 +47,14 @@ def row_weights(losses: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     return weights
 
 
+def check_counts(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
+    """Guards the memory of whoever calls an op itself; the public functions check in words."""
+    if teacher.shape != student.shape:
+        raise ValueError(f"teacher: expected shape {student.shape}, got {teacher.shape}")
+    if mask is not None and mask.numel() * student.shape[-1] != student.numel():
+        raise ValueError(f"mask: expected one weight per row of {student.shape}, got {mask.shape}")
+
+
 def weighted(weights: Tensor, values: Tensor) -> Tensor:
     """weights·values in which a weight of zero removes even a NaN."""
     return torch.where(weights == 0, torch.zeros_like(values), weights * values)
@@ -66,6 +74,7 @@ def soft_sort_cross_entropy(
     compute_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or None)."""
+    check_counts(student, teacher, mask)
     n = student.shape[-1]
     dtype = compute_dtype(student.dtype)
     x, y = student.reshape(-1, n).to(dtype), teacher.reshape(-1, n).to(dtype)

@@ -20,7 +20,7 @@ from fmkernels.ops.soft_sort.triton import (
     sort_values_backward,
 )
 from fmkernels.ops.soft_sort.triton_math import log
-from fmkernels.ops.soft_sort_cross_entropy.reference import row_weights
+from fmkernels.ops.soft_sort_cross_entropy.reference import check_counts, row_weights
 
 FLOOR = tl.constexpr(2.0**-100)
 
@@ -101,6 +101,7 @@ def soft_sort_cross_entropy(
     compute_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or None)."""
+    check_counts(student, teacher, mask)
     losses = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
     grad = None
     if compute_grad:
