@@ -43,6 +43,14 @@ PyObject* block_bytes(PyObject*, PyObject* args) {
   return PyLong_FromLongLong(shared_bytes(launch, with_teacher != 0, with_grad != 0));
 }
 
+// (device) -> bytes of a block, bytes of a multiprocessor
+PyObject* limits(PyObject*, PyObject* args) {
+  int device, block = 0, multiprocessor = 0;
+  if (!PyArg_ParseTuple(args, "i:shared_limits", &device)) return nullptr;
+  if (const char* error = shared_limits(device, &block, &multiprocessor)) return finished(error);
+  return Py_BuildValue("ii", block, multiprocessor);
+}
+
 // What every launch begins with: n, comparators, tape, rows, threads, grid, stream; the table;
 // queries, distribution, steepness, art_lambda, scores. The rest is the kernel's own.
 #define LAUNCH_FORMAT "(iiiiiLK)K(LiffK)"
@@ -115,6 +123,7 @@ PyObject* cross_entropy(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"plan", plan, METH_VARARGS, "A sorting network as the kernels read it, in bytes."},
+    {"shared_limits", limits, METH_VARARGS, "Shared memory of a block and of a multiprocessor."},
     {"shared_bytes", block_bytes, METH_VARARGS, "Shared memory that a block needs."},
     {"soft_sort", forward, METH_VARARGS, "Launch the forward pass."},
     {"soft_sort_backward", backward, METH_VARARGS, "Launch the backward pass."},

@@ -85,6 +85,16 @@ std::vector<int32_t> pack_plan(const std::string& network, int32_t n) {
   return SortingNetwork(network, n, 1).packed();
 }
 
+const char* shared_limits(int device, int* block, int* multiprocessor) {
+  cudaError_t error =
+      cudaDeviceGetAttribute(block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(
+        multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 int64_t shared_bytes(const BlockLaunch& launch, bool with_teacher, bool with_grad) {
   const BlockMemory memory(
       nullptr, launch.n, launch.comparator_count, launch.tape_count, launch.rows, with_teacher,

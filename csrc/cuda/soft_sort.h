@@ -21,6 +21,10 @@ struct BlockLaunch {
 // A plan as one array of numbers for the device, one row of X a group: sizes, then the arrays.
 std::vector<int32_t> pack_plan(const std::string& network, int32_t n);
 
+// Bytes of shared memory that a block may take, and that a multiprocessor has. Null, or what went
+// wrong.
+const char* shared_limits(int device, int* block, int* multiprocessor);
+
 // Bytes of shared memory that a block needs.
 int64_t shared_bytes(const BlockLaunch& launch, bool with_teacher, bool with_grad);
 

@@ -118,8 +118,8 @@ def check_sorts(op: str, network: str, n: int) -> None:
     """Refuse a wiring that leaves some inputs unsorted."""
     if network == "bitonic" and n > MAX_DECIDED and n & (n - 1):
         raise ValueError(
-            f"{op}: network: expected one that is known to sort {n} values; {network!r} leaves some "
-            f"sizes unsorted, and is decided up to {MAX_DECIDED} and for powers of two; use another"
+            f"{op}: network: expected one that is known to sort {n} values; {network!r} leaves "
+            f"some sizes unsorted: decided up to {MAX_DECIDED} and for powers of two; use another"
         )
     if network == "bitonic" and not sorts(network, int(n)):
         alternatives = ", ".join(repr(name) for name in NETWORKS if name != network)
@@ -184,9 +184,10 @@ def _backward(
     if grad_values is None and grad_permutation is None:
         return None
     (scores,) = ctx.saved_tensors
-    return SOFT_SORT_BACKWARD.run(
+    grad_scores: Tensor = SOFT_SORT_BACKWARD.run(
         ctx.on_reference, grad_values, grad_permutation, scores, *ctx.settings
-    )  # type: ignore[no-any-return]
+    )
+    return grad_scores
 
 
 def _without_grads(limit: Callable[..., str | None]) -> Callable[..., str | None]:

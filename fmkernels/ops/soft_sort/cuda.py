@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmkernels import _cuda
+from fmkernels import _cuda  # type: ignore[attr-defined]
 from fmkernels.ops.soft_sort.config import BlockPlan, block_plan
 from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
@@ -37,7 +37,8 @@ def sizes(network: str, n: int) -> tuple[int, int]:
 @functools.lru_cache(maxsize=64)
 def packed(network: str, n: int) -> bytes:
     """The network as the kernels read it."""
-    return _cuda.plan(network, n)
+    table: bytes = _cuda.plan(network, n)
+    return table
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,19 +53,14 @@ def plan(
     queries: int, n: int, network: str, device: torch.device, with_teacher: bool, with_grad: bool
 ) -> BlockPlan | None:
     """The launch on this device, or None if the shared memory of a block is too small."""
-    properties = torch.cuda.get_device_properties(device)
+    block_limit, sm_limit = _cuda.shared_limits(device.index)
     comparators, tape = sizes(network, n)
 
     def shared_bytes(rows: int) -> int:
-        return _cuda.shared_bytes(n, comparators, tape, rows, with_teacher, with_grad)
+        needed: int = _cuda.shared_bytes(n, comparators, tape, rows, with_teacher, with_grad)
+        return needed
 
-    return block_plan(
-        queries,
-        n,
-        properties.shared_memory_per_block_optin,
-        properties.shared_memory_per_multiprocessor,
-        shared_bytes,
-    )
+    return block_plan(queries, n, block_limit, sm_limit, shared_bytes)
 
 
 def launch_arguments(

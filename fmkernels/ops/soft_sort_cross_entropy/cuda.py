@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmkernels import _cuda
+from fmkernels import _cuda  # type: ignore[attr-defined]
 from fmkernels.ops.soft_sort.cuda import dense, launch_arguments
 from fmkernels.ops.soft_sort_cross_entropy.reference import check_counts, row_weights
 
