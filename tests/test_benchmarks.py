@@ -64,7 +64,9 @@ def test_peak_memory_of_a_step():
     import measure
 
     peak = measure.peak_extra_bytes("workloads", "soft-sort-matrix-64", "fmkernels", processes=1)
-    assert peak > 392 * 64 * 64 * 4
+    matrix = 392 * 64 * 64 * 4
+    assert peak > matrix - 64 * 4096  # a few of its pages may have been resident before
+    assert peak < 2 * matrix
 
 
 @pytest.mark.parametrize(
