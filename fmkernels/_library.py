@@ -67,13 +67,15 @@ def _why_no_cuda() -> str | None:
     """Looks for the CUDA library, which is loaded when one of its kernels is first called."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
+    if native is None:
+        return native_error
     if importlib.util.find_spec("fmkernels._cuda") is not None:
         return None
     try:
         from fmkernels._build_info import cuda_reason
     except ImportError:
         cuda_reason = None
-    return cuda_reason or native_error or "the CUDA library was not built"
+    return cuda_reason or "the CUDA library was not built"
 
 
 CUDA_ERROR = _why_no_cuda()
@@ -82,8 +84,8 @@ CUDA_ERROR = _why_no_cuda()
 GPU_ERRORS = {"cuda": CUDA_ERROR, "triton": TRITON_ERROR}
 
 
-GPU_ORDER = json.loads((Path(__file__).parent / "configs" / "gpu_order.json").read_text())
-"""For every op the order in which its GPU kernels are preferred, and the figures it rests on."""
+GPU_ORDER = json.loads((Path(__file__).parent / "configs" / "gpu_order.json").read_text())["order"]
+"""In which GPU kernels are preferred; the file also has the figures that it rests on."""
 
 
 class GpuKernel(NamedTuple):
@@ -185,7 +187,7 @@ class Op:
                 does, the reference.
         """
         self.name = name
-        self.gpu = sorted(gpu, key=lambda kernel: GPU_ORDER[name]["order"].index(kernel.backend))
+        self.gpu = sorted(gpu, key=lambda kernel: GPU_ORDER.index(kernel.backend))
         self.limits = {"cpp": limits} | {kernel.backend: kernel.limits for kernel in gpu}
         self.only_first = only_first
         self._main = self._register(name, signature, reference, fake)
@@ -200,9 +202,8 @@ class Op:
     def _run_gpu(self, *args: Any) -> Any:
         """The preferred kernel that is there and takes the arguments, else the reference."""
         for backend, module, limits in self.gpu:
-            if _requested in ("auto", backend) and GPU_ERRORS[backend] is None:
-                if limits(*args) is not None:
-                    continue
+            another = _requested in GPU_ERRORS and _requested != backend
+            if not another and GPU_ERRORS[backend] is None and limits(*args) is None:
                 kernel = getattr(importlib.import_module(module), self.name)
                 tensor = next(arg for arg in args if isinstance(arg, Tensor))
                 with torch.cuda.device(tensor.device):  # kernels start on the current device

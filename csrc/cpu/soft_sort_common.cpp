@@ -41,12 +41,10 @@ const SortingPlan& sorting_plan(const std::string& network, int64_t n) {
 }
 
 Distribution parse_distribution(const std::string& name) {
-  if (name == "logistic") return Distribution::logistic;
-  if (name == "logistic_phi") return Distribution::logistic_phi;
-  if (name == "gaussian") return Distribution::gaussian;
-  if (name == "reciprocal") return Distribution::reciprocal;
-  if (name == "cauchy") return Distribution::cauchy;
-  if (name == "optimal") return Distribution::optimal;
+#define FMKERNELS_PARSE(known) \
+  if (name == #known) return Distribution::known;
+  FMKERNELS_DISTRIBUTIONS(FMKERNELS_PARSE)
+#undef FMKERNELS_PARSE
   throw std::runtime_error("soft_sort: distribution: unknown name '" + name + "'");
 }
 

@@ -119,14 +119,7 @@ void sort_group(
 #define FMKERNELS_CASE(name)                                                    \
   case Distribution::name:                                                      \
     return sort_values<Distribution::name>(args.plan, settings, x, rest, weights, slopes);
-  switch (args.distribution) {
-    FMKERNELS_CASE(logistic)
-    FMKERNELS_CASE(logistic_phi)
-    FMKERNELS_CASE(gaussian)
-    FMKERNELS_CASE(reciprocal)
-    FMKERNELS_CASE(cauchy)
-    FMKERNELS_CASE(optimal)
-  }
+  switch (args.distribution) { FMKERNELS_DISTRIBUTIONS(FMKERNELS_CASE) }
 #undef FMKERNELS_CASE
 }
 

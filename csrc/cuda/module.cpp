@@ -56,26 +56,20 @@ PyObject* limits(PyObject*, PyObject* args) {
 #define LAUNCH_FORMAT "(iiiiiLK)K(LiffK)"
 struct Common {
   BlockLaunch launch{};
-  unsigned long long stream, table, scores;
-  long long grid, queries;
+  unsigned long long table, scores;
+  long long queries;
   int distribution;
   float steepness, art_lambda;
 
-  BlockLaunch block() const {
-    BlockLaunch full = launch;
-    full.grid = grid;
-    full.stream = pointer<void>(stream);
-    return full;
-  }
   SoftSortArgs<float> sort() const {
     return {{},        static_cast<Distribution>(distribution), steepness, art_lambda, queries,
             pointer<const float>(scores)};
   }
 };
-#define LAUNCH_ARGUMENTS(c)                                                                     \
-  &c.launch.n, &c.launch.comparator_count, &c.launch.tape_count, &c.launch.rows,                \
-      &c.launch.threads, &c.grid, &c.stream, &c.table, &c.queries, &c.distribution, &c.steepness, \
-      &c.art_lambda, &c.scores
+#define LAUNCH_ARGUMENTS(c)                                                            \
+  &c.launch.n, &c.launch.comparator_count, &c.launch.tape_count, &c.launch.rows,       \
+      &c.launch.threads, &c.launch.grid, &c.launch.stream, &c.table, &c.queries,       \
+      &c.distribution, &c.steepness, &c.art_lambda, &c.scores
 
 // … values, permutation
 PyObject* forward(PyObject*, PyObject* args) {
@@ -86,7 +80,7 @@ PyObject* forward(PyObject*, PyObject* args) {
     return nullptr;
   }
   return finished(launch_forward(
-      c.block(), pointer<const int32_t>(c.table),
+      c.launch, pointer<const int32_t>(c.table),
       {c.sort(), pointer<float>(values), pointer<float>(permutation)}));
 }
 
@@ -100,7 +94,7 @@ PyObject* backward(PyObject*, PyObject* args) {
     return nullptr;
   }
   return finished(launch_backward(
-      c.block(), pointer<const int32_t>(c.table),
+      c.launch, pointer<const int32_t>(c.table),
       {c.sort(), pointer<const float>(grad_values), pointer<const float>(grad_permutation),
        pointer<float>(grad_scores)}));
 }
@@ -116,7 +110,7 @@ PyObject* cross_entropy(PyObject*, PyObject* args) {
     return nullptr;
   }
   return finished(launch_cross_entropy(
-      c.block(), pointer<const int32_t>(c.table),
+      c.launch, pointer<const int32_t>(c.table),
       {c.sort(), pointer<const float>(teacher), teacher_steepness, pointer<const float>(weights),
        1.0f, pointer<float>(losses), pointer<float>(grad_student)}));
 }

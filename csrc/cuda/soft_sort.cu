@@ -24,8 +24,9 @@ struct ThreadBlock {
   }
 };
 
-// Two or three rows of X per thread of a multiprocessor's are resident at most, because the tape
-// fills its shared memory: so a thread may have all the registers it wants.
+// Threads of the largest block (n = 128). The tapes leave room for a few warps on a multiprocessor, so
+// a thread may have all the registers it wants: the 1 in the bounds below says so; without it ptxas
+// aims at more blocks and spills.
 constexpr int max_threads = 128;
 
 template <class Args, class Query>
@@ -73,7 +74,7 @@ const char* launch(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error == cudaSuccess) {
     kernel<<<static_cast<unsigned>(launch.grid), launch.threads, bytes,
-             static_cast<cudaStream_t>(launch.stream)>>>(args, table, launch.rows);
+             reinterpret_cast<cudaStream_t>(launch.stream)>>>(args, table, launch.rows);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -9,13 +9,14 @@
 
 namespace fmkernels {
 
-// How the blocks of a launch are cut: sizes of the network, and what block_launch() chose.
+// How a launch is cut: sizes of the network, what block_plan() of ops/soft_sort/config.py chose, and
+// the stream's address. The types of the last two are those that Python's arguments are parsed into.
 struct BlockLaunch {
   int32_t n, comparator_count, tape_count;
   int32_t rows;  // of X that a block carries at the same time
   int32_t threads;
-  int64_t grid;
-  void* stream;
+  long long grid;
+  unsigned long long stream;
 };
 
 // A plan as one array of numbers for the device, one row of X a group: sizes, then the arrays.

@@ -38,10 +38,10 @@ const Numerics<T>& numerics(int register_bytes) {
 }
 
 Distribution parse(const std::string& name) {
-  const char* names[] = {"logistic", "logistic_phi", "gaussian", "reciprocal", "cauchy", "optimal"};
-  for (int32_t index = 0; index < 6; ++index) {
-    if (name == names[index]) return static_cast<Distribution>(index);
-  }
+#define PARSE(known) \
+  if (name == #known) return Distribution::known;
+  FMKERNELS_DISTRIBUTIONS(PARSE)
+#undef PARSE
   throw std::invalid_argument("unknown distribution " + name);
 }
 

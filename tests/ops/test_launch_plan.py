@@ -88,7 +88,9 @@ def test_a_grid_is_never_larger_than_cuda_allows():
 
 
 def test_the_sizes_are_those_of_the_kernels():
-    cuda = pytest.importorskip("fmkernels.ops.soft_sort.cuda")
+    pytest.importorskip("fmkernels._cuda")
+    from fmkernels.ops.soft_sort import cuda
+
     assert cuda.sizes("bitonic", 49) == (483, 270)
     for rows in (49, 25, 17):
         assert cuda._cuda.shared_bytes(49, 483, 270, rows, True, True) == shared_bytes(rows)

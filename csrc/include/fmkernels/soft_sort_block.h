@@ -122,14 +122,7 @@ FMKERNELS_BLOCK void sort_chains(
   case Distribution::name:                                                        \
     return sort_layers<Distribution::name>(                                       \
         block, plan, memory, chains, of_student, of_teacher, with_slopes);
-  switch (args.distribution) {
-    FMKERNELS_CASE(logistic)
-    FMKERNELS_CASE(logistic_phi)
-    FMKERNELS_CASE(gaussian)
-    FMKERNELS_CASE(reciprocal)
-    FMKERNELS_CASE(cauchy)
-    FMKERNELS_CASE(optimal)
-  }
+  switch (args.distribution) { FMKERNELS_DISTRIBUTIONS(FMKERNELS_CASE) }
 #undef FMKERNELS_CASE
 }
 

@@ -65,13 +65,12 @@ struct SortingPlan {
   const Active* active;
 };
 
-enum class Distribution : int32_t {
-  logistic,
-  logistic_phi,
-  gaussian,
-  reciprocal,
-  cauchy,
-  optimal,
-};
+// X(name) for every distribution, in the order of DISTRIBUTIONS in ops/soft_sort/reference.py.
+#define FMKERNELS_DISTRIBUTIONS(X) \
+  X(logistic) X(logistic_phi) X(gaussian) X(reciprocal) X(cauchy) X(optimal)
+
+#define FMKERNELS_NAME(name) name,
+enum class Distribution : int32_t { FMKERNELS_DISTRIBUTIONS(FMKERNELS_NAME) };
+#undef FMKERNELS_NAME
 
 }  // namespace fmkernels

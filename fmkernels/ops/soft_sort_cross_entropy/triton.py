@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +19,7 @@ from fmkernels.ops.soft_sort.triton import (
     sort_values_backward,
 )
 from fmkernels.ops.soft_sort.triton_math import log
-from fmkernels.ops.soft_sort_cross_entropy.reference import check_counts, row_weights
+from fmkernels.ops.soft_sort_cross_entropy.gpu import loss_alone, loss_and_gradient
 
 FLOOR = tl.constexpr(2.0**-100)
 
@@ -87,47 +86,37 @@ def soft_sort_cross_entropy_kernel(
             tl.store(p_grad_student + o_query + o_wire, b_grad, mask=m_wire)
 
 
-def soft_sort_cross_entropy(
+def launch(
     student: Tensor,
     teacher: Tensor,
-    mask: Tensor | None = None,
-    steepness: float = 100.0,
-    teacher_steepness: float | None = None,
-    network: str = "bitonic",
-    distribution: str = "cauchy",
-    art_lambda: float = 0.25,
-    reduction: str = "mean",
-    *,
-    compute_grad: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or None)."""
-    check_counts(student, teacher, mask)
-    losses = torch.empty(student.shape[:-1], dtype=torch.float32, device=student.device)
-    grad = None
-    if compute_grad:
-        grad = torch.empty(student.shape, dtype=torch.float32, device=student.device)
-    if losses.numel() > 0:
-        plan = plan_for(student, network)
-        soft_sort_cross_entropy_kernel[(plan.grid,)](
-            student.contiguous(),
-            teacher.contiguous(),
-            row_weights(losses.flatten(), mask, reduction),
-            losses,
-            losses if grad is None else grad,
-            *common_arguments(student, network, plan),
-            steepness,
-            steepness if teacher_steepness is None else teacher_steepness,
-            art_lambda,
-            DISTRIBUTION=distribution,
-            WITH_GRAD=compute_grad,
-            R=plan.config.rows,
-            N=plan.wires,
-            **options(plan.config),
-        )
-    loss = losses if reduction == "none" else losses.sum()
-    return loss.to(student.dtype), grad
+    weights: Tensor,
+    losses: Tensor,
+    grad: Tensor | None,
+    steepness: float,
+    teacher_steepness: float,
+    network: str,
+    distribution: str,
+    art_lambda: float,
+) -> None:
+    """Start the kernel; see ``gpu.py`` for the arguments."""
+    plan = plan_for(student, network)
+    soft_sort_cross_entropy_kernel[(plan.grid,)](
+        student.contiguous(),
+        teacher.contiguous(),
+        weights,
+        losses,
+        losses if grad is None else grad,
+        *common_arguments(student, network, plan),
+        steepness,
+        teacher_steepness,
+        art_lambda,
+        DISTRIBUTION=distribution,
+        WITH_GRAD=grad is not None,
+        R=plan.config.rows,
+        N=plan.wires,
+        **options(plan.config),
+    )
 
 
-def soft_sort_cross_entropy_loss(*args: Any) -> Tensor:
-    """Only the loss, of the same arguments."""
-    return soft_sort_cross_entropy(*args, compute_grad=False)[0]
+soft_sort_cross_entropy = functools.partial(loss_and_gradient, launch)
+soft_sort_cross_entropy_loss = functools.partial(loss_alone, launch)
