@@ -65,17 +65,15 @@ TRITON_ERROR = _why_no_triton()
 
 def _why_no_cuda() -> str | None:
     """Looks for the CUDA library, which is loaded when one of its kernels is first called."""
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
     if native is None:
         return native_error
-    if importlib.util.find_spec("fmkernels._cuda") is not None:
-        return None
-    try:
-        from fmkernels._build_info import cuda_reason
-    except ImportError:
-        cuda_reason = None
-    return cuda_reason or "the CUDA library was not built"
+    if importlib.util.find_spec("fmkernels._cuda") is None:
+        try:
+            from fmkernels._build_info import cuda_reason
+        except ImportError:
+            cuda_reason = None
+        return cuda_reason or "the CUDA library was not built"
+    return None if torch.version.cuda else "this torch is built without CUDA"
 
 
 CUDA_ERROR = _why_no_cuda()

@@ -57,3 +57,13 @@ def test_what_one_kernel_does_not_take_goes_to_the_next(kernels):
 def test_a_kernel_that_is_missing_is_passed_over(kernels):
     _library.GPU_ERRORS["cuda"] = "not built"
     assert SOFT_SORT._run_gpu(SCORES) == "triton"
+
+
+def test_a_build_without_nvcc_says_so(monkeypatch):
+    if _library.native is None:
+        pytest.skip("the whole extension is missing, and that is what is said")
+    record = types.ModuleType("fmkernels._build_info")
+    record.cuda_reason = "no CUDA compiler ('nvcc' not found) when it was installed"
+    monkeypatch.setitem(sys.modules, record.__name__, record)
+    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: None)
+    assert _library._why_no_cuda() == record.cuda_reason

@@ -40,6 +40,7 @@ def test_pure_install_works_and_info_says_why(pure, run_python):
     report = run_python("-c", code, path=pure.installed).stdout
     assert "none: no C++ compiler ('g++' not found) when it was installed" in report
     assert "cpp         no: no C++ compiler ('g++' not found)" in report
+    assert "cuda        no: no C++ compiler ('g++' not found)" in report
     assert "reference   yes" in report
 
 
