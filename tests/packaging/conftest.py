@@ -53,7 +53,7 @@ def run(*command, cwd, env=None, check=True):
 
 def clean_environment():
     """The caller's environment without what would steer Python or this package."""
-    steering = ("FMKERNELS_", "PYTHON", "CXX")
+    steering = ("FMKERNELS_", "PYTHON", "CXX", "NVCC")
     return {name: value for name, value in os.environ.items() if not name.startswith(steering)}
 
 
