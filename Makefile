@@ -8,7 +8,7 @@ SETUP := $(VENV)/built $(VENV)/ready
 SOURCES := $(shell find csrc -name '*.c*' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck wheel bench readme clean
+.PHONY: help demo test lint format typecheck wheel bench readme gpu-wheels gpu gpu-dry-run gpu-accept clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,30 @@ bench: $(SETUP) ## measure, write benchmarks/results and the README's tables
 	$(BIN)/python benchmarks/report.py
 
 readme: $(SETUP) ## the README's tables and plots from benchmarks/results
+	$(BIN)/python benchmarks/report.py
+
+gpu-wheels: wheel ## dist/ with all that `make gpu` needs on a machine without a network
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist diffsort==0.2.0
+	@ls dist
+
+# From here on PYTHON is the GPU machine's own, with its own torch: nothing is compiled or fetched.
+GPU_SITE := build/gpu/site
+OUT ?= build/gpu/results
+
+$(GPU_SITE)/installed: $(wildcard dist/*.whl)
+	@test -n "$(wildcard dist/*.whl)" || { echo "no wheel in dist/: make gpu-wheels, here or elsewhere"; exit 1; }
+	rm -rf $(GPU_SITE)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --target $(GPU_SITE) dist/*.whl
+	@touch $@
+
+gpu: $(GPU_SITE)/installed ## on a GPU, from dist/*.whl: tests, benchmarks, tuning (SUITE=name for one), in 9 minutes
+	cd benchmarks && PYTHONPATH="$(abspath $(GPU_SITE))" $(PYTHON) -m gpu $(SUITE) --out "$(abspath $(OUT))"
+
+gpu-dry-run: wheel ## the same without a GPU: everything but the numbers
+	@$(MAKE) --no-print-directory gpu PYTHON="$(abspath $(BIN)/python)" OUT=build/gpu/dry-run SUITE="$(SUITE) --dry-run"
+
+gpu-accept: $(SETUP) ## make the results of a GPU in OUT those of the project, README and docs included
+	cd benchmarks && "$(abspath $(BIN)/python)" -m gpu.accept "$(abspath $(OUT))"
 	$(BIN)/python benchmarks/report.py
 
 clean: ## remove what was built, and .venv

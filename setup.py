@@ -71,6 +71,19 @@ def why_no_cuda():
     return None
 
 
+def revision():
+    """Of the sources, so that a result of the installed package says what it is a result of."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    only_here = os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
+    try:
+        told = subprocess.run(
+            command, cwd=ROOT, env=only_here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
 def cuda_compiler():
     """The CUDA compiler."""
     return os.environ.get("NVCC", "nvcc")
@@ -113,9 +126,10 @@ class BuildExtension(build_ext):
         record = ROOT / "fmkernels" / "_build_info.py"
         reason = why_pure_python()
         cuda_reason = reason or why_no_cuda()
-        record.write_text(
-            f'"""Written by the build."""\n\nreason = {reason!r}\ncuda_reason = {cuda_reason!r}\n'
-        )
+        facts = {"reason": reason, "cuda_reason": cuda_reason, "revision": revision()}
+        lines = ['"""Written by the build."""', ""]
+        lines += [f"{name} = {value!r}" for name, value in facts.items()]
+        record.write_text("\n".join(lines) + "\n")
         if reason is not None:
             print(f"fmkernels: installing without compiled kernels: {reason}", file=sys.stderr)
             self.extensions = []

@@ -20,7 +20,7 @@ from fmkernels import info
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-GENERATED = ("benchmarks/results", "docs/benchmarks", "README.md")
+GENERATED = ("benchmarks/results", "docs/benchmarks", "docs/backends.md", "README.md")
 COLLECTED = {}
 
 

@@ -12,22 +12,23 @@ from fmkernels.testing import assert_parity
 
 
 @functools.cache
-def exact_gradient(workload: Workload) -> torch.Tensor:
-    return workload.step("reference", torch.float64)()
+def exact_gradient(workload: Workload, device: torch.device | str) -> torch.Tensor:
+    return workload.step("reference", torch.float64, device)()
 
 
-def check(workload: Workload, peer: str) -> dict[str, int]:
+def check(workload: Workload, peer: str, device: torch.device | str = "cpu") -> dict[str, int]:
     """Fail unless our gradient errs at most twice as much as the peer's, both in float32.
 
     Returns:
         For the results: how many elements of the peer's gradient are not finite, if any are. Such a
         gradient allows nothing; our own reference in float32 then takes its place.
     """
-    theirs = workload.step(peer)()
+    theirs = workload.step(peer, device=device)()
     broken = int((~theirs.isfinite()).sum())
-    yardstick = workload.step("reference")() if broken else theirs
-    ours = workload.step("fmkernels")()
-    assert_parity(ours, yardstick, exact_gradient(workload), name=f"gradient beside {peer}")
+    yardstick = workload.step("reference", device=device)() if broken else theirs
+    ours = workload.step("fmkernels", device=device)()
+    exact = exact_gradient(workload, device)
+    assert_parity(ours, yardstick, exact, name=f"gradient beside {peer}")
     return {"peer_not_finite": broken} if broken else {}
 
 

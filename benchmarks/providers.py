@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from diffsort import DiffSortNet
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +16,8 @@ from fmkernels.api import NeCoLoss
 from fmkernels.api.roi_align import roi_align
 
 STEEPNESS = 100.0
+
+Device = torch.device | str
 
 
 class Provider(NamedTuple):
@@ -28,7 +29,7 @@ class Provider(NamedTuple):
     neco_loss: Callable[..., Tensor] | None = None
 
 
-def ours(n: int) -> Provider:
+def ours(n: int, device: Device = "cpu") -> Provider:
     names = Provider._fields[:3]
     return Provider(
         *(functools.partial(getattr(fmkernels, name), steepness=STEEPNESS) for name in names),
@@ -43,7 +44,7 @@ def fused_neco_loss(
     return criterion(student, teacher, boxes, references=references)
 
 
-def reference(n: int) -> Provider:
+def reference(n: int, device: Device = "cpu") -> Provider:
     def on_reference(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             with fmkernels.backend("reference"):
@@ -54,8 +55,10 @@ def reference(n: int) -> Provider:
     return Provider(*map(on_reference, ours(n)))
 
 
-def diffsort(n: int, *, compiled: bool = False) -> Provider:
-    sort = DiffSortNet("bitonic", n, steepness=STEEPNESS, distribution="cauchy")
+def diffsort(n: int, device: Device = "cpu", *, compiled: bool = False) -> Provider:
+    from diffsort import DiffSortNet
+
+    sort = DiffSortNet("bitonic", n, str(device), steepness=STEEPNESS, distribution="cauchy")
     if compiled:
         sort = torch.compile(sort, dynamic=False)
 
@@ -90,7 +93,7 @@ def diffsort(n: int, *, compiled: bool = False) -> Provider:
     return Provider(sort, cross_entropy, neighbor_loss, neco_loss)
 
 
-def torchsort(n: int) -> Provider:
+def torchsort(n: int, device: Device = "cpu") -> Provider:
     """Another relaxation, which has no permutation matrix.
 
     At its default strength scores with a spread of 0.15 are hardly pooled: its cheapest case.
@@ -100,12 +103,12 @@ def torchsort(n: int) -> Provider:
     return Provider(lambda scores: (torchsort.soft_sort(scores),))
 
 
-PROVIDERS: dict[str, Callable[[int], Provider]] = {
+PROVIDERS: dict[str, Callable[..., Provider]] = {
     "fmkernels": ours,
     "reference": reference,
     "diffsort": functools.cache(diffsort),
     "diffsort-compiled": functools.cache(functools.partial(diffsort, compiled=True)),
     "torchsort": torchsort,
 }
-"""Provider of rows of n, by name. diffsort's are kept: to make its matrices, or to compile them,
-takes longer than to use them."""
+"""Provider of rows of n on a device, by name. diffsort's are kept: to make its matrices, or to
+compile them, takes longer than to use them."""

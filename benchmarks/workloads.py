@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from providers import PROVIDERS, Provider
@@ -47,13 +48,21 @@ class Workload:
         raise NotImplementedError
 
     def forward(self, provider: str, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-        functions = PROVIDERS[provider](self.n)
+        functions = PROVIDERS[provider](self.n, inputs[0].device)
         return lambda: self.output(functions, *inputs)
 
-    def step(self, provider: str, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    def step(
+        self,
+        provider: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Callable[[], Tensor]:
         """Forward and backward; returns the gradient. The first call takes the first inputs."""
-        functions = PROVIDERS[provider](self.n)
-        sets = [(self.inputs(i, dtype), self.arriving(i, dtype)) for i in range(INPUT_SETS)]
+        functions = PROVIDERS[provider](self.n, device)
+        sets = [
+            (on_device(self.inputs(i, dtype), device), on_device(self.arriving(i, dtype), device))
+            for i in range(INPUT_SETS)
+        ]
         turns = itertools.cycle(sets)
 
         def run() -> Tensor:
@@ -179,9 +188,9 @@ class TrainingLoss(Workload):
             ]
             for tokens in (student, teacher)
         )
-        return provider.neco_loss(maps, targets[:2], self.boxes(student.dtype), references)
+        return provider.neco_loss(maps, targets[:2], self.boxes(student), references)
 
-    def boxes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def boxes(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Global crops of 200 pixels, local ones of 70 in their intersection."""
         corners = [(0, 0), (60, 40), *((60 + 20 * k, 50 + 15 * k) for k in range(4))]
         sizes = [200, 200, *[70] * 4]
@@ -189,7 +198,7 @@ class TrainingLoss(Workload):
             (x, y, x + size, y + size)
             for (x, y), size in list(zip(corners, sizes, strict=True))[: len(self.sides)]
         ]
-        crops = torch.tensor([crops] * self.batch, dtype=dtype)
+        crops = torch.tensor([crops] * self.batch, dtype=like.dtype, device=like.device)
         return intersection_boxes(crops, [(side, side) for side in self.sides])
 
     def operations(self) -> int:
@@ -207,6 +216,15 @@ class TrainingLoss(Workload):
 def products(rows: int, n: int, dim: int) -> int:
     """Of the similarities of student and teacher, and of the student's gradient."""
     return 3 * 2 * rows * n * dim
+
+
+def on_device(tensors: Any, device: torch.device | str) -> Any:
+    """A tensor, a tuple of them or None, there; leaves again."""
+    if isinstance(tensors, tuple):
+        return tuple(on_device(tensor, device) for tensor in tensors)
+    if tensors is None:
+        return None
+    return tensors.detach().to(device).requires_grad_(tensors.requires_grad)
 
 
 def normal(seed: int, *shape: int) -> Tensor:

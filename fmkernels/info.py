@@ -24,6 +24,7 @@ def collect() -> dict[str, Any]:
     native = _library.native
     return {
         "fmkernels": __version__,
+        "revision": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -85,6 +86,14 @@ def _version(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         return "not installed"
     return importlib.metadata.version(package)
+
+
+def _revision() -> str:
+    try:
+        from fmkernels._build_info import revision
+    except ImportError:
+        return "unknown"
+    return str(revision)
 
 
 def _gpu() -> str:

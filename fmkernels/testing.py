@@ -146,7 +146,7 @@ def check_gradient_layouts(
         grads = [
             torch.ones_like(x)
             if constant
-            else torch.randn(x.shape, dtype=x.dtype, generator=generator)
+            else torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
             for x in outputs
         ]
         expected = run(inputs, grads)

@@ -95,8 +95,8 @@ def peers(monkeypatch):
     from providers import PROVIDERS, Provider
 
     def add(name, change):
-        def changed(n):
-            loss = PROVIDERS["reference"](n).soft_sort_cross_entropy
+        def changed(n, device):
+            loss = PROVIDERS["reference"](n, device).soft_sort_cross_entropy
             return Provider(lambda x: x, lambda *scores: change(loss(*scores)))
 
         monkeypatch.setitem(PROVIDERS, name, changed)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fmkernels._tuned import TUNED
 from fmkernels.ops.soft_sort.config import (
     MAX_GRID,
     MAX_TRITON_SIZE,
@@ -20,7 +21,7 @@ H200 = 132
 
 
 def test_the_canonical_step():
-    plan = launch_plan(31_360, 49, len(layers("bitonic", 49)), H200)
+    plan = launch_plan(31_360, 49, len(layers("bitonic", 49)), H200, heuristic(49))
     assert plan.grid == 4 * H200
     assert plan.wires == 64
     assert plan.slot == 21 * 64 * (7 + 8)
@@ -32,7 +33,7 @@ def test_the_canonical_step():
 def test_every_size_has_a_plan_within_bounds(n, network):
     depth = len(layers(network, n))
     for queries in (1, 3, 31_360, 2**31 // n + 1, 2**40):
-        plan = launch_plan(queries, n, depth, H200)
+        plan = launch_plan(queries, n, depth, H200, heuristic(n))
         assert 1 <= plan.grid <= queries
         assert 4 * plan.workspace <= WORKSPACE_BYTES
         assert plan.wires >= n
@@ -43,16 +44,39 @@ def test_every_size_has_a_plan_within_bounds(n, network):
 
 
 def test_work_does_not_change_the_scratch():
-    plans = [launch_plan(queries, 49, 21, H200) for queries in (10**4, 10**6, 10**12)]
+    sizes = (10**4, 10**6, 10**12)
+    plans = [launch_plan(queries, 49, 21, H200, heuristic(49)) for queries in sizes]
     assert plans[0] == plans[1] == plans[2]
 
 
-def test_a_tuned_configuration_takes_the_heuristics_place():
-    config = Config(rows=4, num_warps=2, programs_per_sm=8)
+@pytest.fixture
+def measured(monkeypatch):
+    """Sets what was measured on a device of capability 9.9."""
+
+    def measured(backend, wires, **values):
+        monkeypatch.setitem(TUNED, "9.9", {"soft_sort": {backend: {str(wires): values}}})
+
+    return measured
+
+
+def test_what_was_measured_takes_the_place_of_what_was_counted(measured):
+    measured("triton", 64, rows=4, num_warps=2, programs_per_sm=8)
+    config = heuristic(49, "9.9")
+    assert config == heuristic(64, "9.9") == Config(rows=4, num_warps=2, programs_per_sm=8)
     plan = launch_plan(10**6, 49, 21, 100, config)
-    assert plan.config == config != heuristic(49)
-    assert plan.grid == 800
-    assert plan.slot == 21 * 64 * (7 + 4)
+    assert (plan.grid, plan.slot) == (800, 21 * 64 * (7 + 4))
+    for counted in (heuristic(32, "9.9"), heuristic(32, "9.0"), heuristic(32)):
+        assert counted == Config(rows=16, num_warps=4, programs_per_sm=4)
+
+
+def test_measured_passes_are_taken_where_a_block_holds_them(measured):
+    measured("cuda", 64, passes=3)
+    plan = block_plan(9, 49, shared_bytes=shared_bytes, capability="9.9", **H100_BYTES)
+    assert (plan.rows, plan.blocks_per_sm) == (17, 5)
+    assert block_plan(9, 49, shared_bytes=shared_bytes, capability="9.0", **H100_BYTES).rows == 49
+    measured("cuda", 64, passes=1)
+    small = {"block_limit": 60_000, "sm_limit": 100_000, "shared_bytes": shared_bytes}
+    assert block_plan(9, 49, capability="9.9", **small).rows == 17
 
 
 def test_wires_are_powers_of_two():

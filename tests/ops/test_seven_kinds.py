@@ -5,11 +5,19 @@ The two other kinds, properties and refusals, are each op's own: ``test_<op>.py`
 
 import pytest
 import torch
-from cases import CASES, FEW, Case, tuple_of, values_and_gradients
+from cases import (
+    CASES,
+    FEW,
+    Case,
+    check_parity,
+    in_float64,
+    tuple_of,
+    values_and_gradients,
+    with_reference,
+)
 
 import fmkernels
 from fmkernels import _library, testing
-from fmkernels.testing import assert_parity
 
 SIZES = [(1, 1), (3, 2), (1, 5), (60, 7), (9, 16), (9, 33), (4, 49), (1, 64), (2, 129), (1, 196)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # float64: test_diffsort.py
@@ -18,28 +26,11 @@ few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-def with_reference(case: Case, inputs):
-    with fmkernels.backend("reference"):
-        return values_and_gradients(case, inputs)
-
-
-def in_float64(inputs):
-    return tuple(
-        x.detach().double().requires_grad_(x.requires_grad) if x.dtype.is_floating_point else x
-        for x in inputs
-    )
-
-
 @every_case
 @every_dtype
 def test_parity_of_values_and_gradients(case, dtype):
     for rows, n in SIZES:
-        inputs = case.inputs(rows, n, dtype)
-        actual = values_and_gradients(case, inputs)
-        same_dtype = with_reference(case, inputs)
-        exact = with_reference(case, in_float64(inputs))
-        for index, compared in enumerate(zip(actual, same_dtype, exact, strict=True)):
-            assert_parity(*compared, name=f"result {index} at {rows} rows of {n}")
+        check_parity(case, case.inputs(rows, n, dtype), f"{rows} rows of {n}")
 
 
 @pytest.mark.parametrize("case", [FEW[0], FEW[-3]], ids=lambda case: case.name)

@@ -9,10 +9,12 @@ LAYERS = {
     "fmkernels._library": ["fmkernels._C", "fmkernels._build_info"],
     "fmkernels._autocast": [],
     "fmkernels._checks": [],
+    "fmkernels._tuned": [],
     "fmkernels.ops": [
         "fmkernels._library",
         "fmkernels._autocast",
         "fmkernels._checks",
+        "fmkernels._tuned",
         "fmkernels._cuda",
         "fmkernels.ops",
     ],

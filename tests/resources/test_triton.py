@@ -9,48 +9,18 @@ pytest.importorskip("triton")
 
 from budgets import BUDGETS, violations
 from resource_usage import Resources
-from triton_aot import compiled, resources
+from triton_aot import resources
+from triton_sort import BY_NAME, POINTERS, compile_for
 
 from fmkernels import _library
 from fmkernels.ops.soft_sort import DISTRIBUTIONS, reference
-from fmkernels.ops.soft_sort import triton as soft_sort
-from fmkernels.ops.soft_sort.config import MAX_TRITON_SIZE, heuristic, padded
-from fmkernels.ops.soft_sort_cross_entropy import triton as cross_entropy
+from fmkernels.ops.soft_sort.config import MAX_TRITON_SIZE, Config
 
 CAPABILITIES = (80, 90, 100)
-
-POINTERS = {
-    soft_sort.soft_sort_fwd_kernel: "p_scores p_values p_permutation",
-    soft_sort.soft_sort_bwd_kernel: "p_grad_values p_grad_permutation p_scores p_grad_scores",
-    cross_entropy.soft_sort_cross_entropy_kernel: "p_student p_teacher p_weight p_losses p_grad_student",
-}
-NARROW = "p_scores p_values p_permutation p_grad_values p_grad_permutation p_grad_scores p_student p_teacher"
-"""Those that have the dtype of the input."""
-BY_NAME = {kernel.fn.__name__: kernel for kernel in POINTERS}
 
 CASES = [(n, "cauchy", "fp32") for n in (16, 32, 49, 128, 256)]
 CASES += [(49, distribution, "fp32") for distribution in DISTRIBUTIONS if distribution != "cauchy"]
 CASES += [(49, "cauchy", "fp16"), (49, "cauchy", "bf16")]
-
-
-def compile_for(name, capability, n, distribution="cauchy", dtype="fp32", rows=None, ones=()):
-    kernel, config = BY_NAME[name], heuristic(n)
-    pointers = {p: f"*{dtype if p in NARROW.split() else 'fp32'}" for p in POINTERS[kernel].split()}
-    arguments = (
-        pointers
-        | {
-            "p_network": "*i32",
-            "p_workspace": "*fp32",
-            **dict.fromkeys(("queries", "n", "n_layers", "slot"), "i32"),
-            **dict.fromkeys(("steepness", "teacher_steepness", "art_lambda"), "fp32"),
-            **dict.fromkeys(("HAS_VALUES", "HAS_PERMUTATION", "WITH_GRAD"), True),
-            "DISTRIBUTION": distribution,
-            "R": rows or config.rows,
-            "N": padded(n),
-        }
-        | dict.fromkeys(ones, 1)
-    )
-    return compiled(kernel, capability, arguments, **soft_sort.options(config))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -75,7 +45,8 @@ def test_every_kernel_has_a_budget():
 
 def test_a_violation_names_kernel_architecture_and_numbers():
     name = "soft_sort_cross_entropy_kernel"
-    used = resources(compile_for(name, 90, 256, rows=16))  # a tile that does not fit
+    too_large = Config(rows=16, num_warps=4, programs_per_sm=4)
+    used = resources(compile_for(name, 90, 256, config=too_large))
     assert used.stack_bytes > 0
     found = violations(name, "sm_90", used)
     assert f"{name} on sm_90: stack_bytes: {used.stack_bytes} used, 0 allowed" in found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fmkernels
 from fmkernels.ops.soft_sort import DISTRIBUTIONS, NETWORKS
+from fmkernels.testing import assert_parity
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,17 @@ class Case:
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[[int, int], tuple[Tensor, ...]]
 
-    def inputs(self, rows: int, n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    def inputs(
+        self,
+        rows: int,
+        n: int,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> tuple[Tensor, ...]:
         def cast(x: Tensor) -> Tensor:
             if not x.dtype.is_floating_point:
-                return x
-            return x.detach().to(dtype).requires_grad_(x.requires_grad)
+                return x.to(device)
+            return x.detach().to(device, dtype).requires_grad_(x.requires_grad)
 
         return tuple(cast(x) for x in self.make(rows, n))
 
@@ -99,8 +106,27 @@ def values_and_gradients(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]
     """The outputs, and the gradient of a fixed random combination of them."""
     outputs = tuple_of(case.function(*inputs))
     generator = torch.Generator().manual_seed(1)
-    grads = [
-        torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.dtype) for x in outputs
-    ]
+    grads = [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x) for x in outputs]
     leaves = [x for x in inputs if x.requires_grad]
     return [x.detach() for x in (*outputs, *torch.autograd.grad(outputs, leaves, grads))]
+
+
+def with_reference(case: Case, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with fmkernels.backend("reference"):
+        return values_and_gradients(case, inputs)
+
+
+def in_float64(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(
+        x.detach().double().requires_grad_(x.requires_grad) if x.dtype.is_floating_point else x
+        for x in inputs
+    )
+
+
+def check_parity(case: Case, inputs: tuple[Tensor, ...], where: str) -> None:
+    """Fail unless outputs and gradients err at most twice as much as the reference's."""
+    actual = values_and_gradients(case, inputs)
+    same_dtype = with_reference(case, inputs)
+    exact = with_reference(case, in_float64(inputs))
+    for index, compared in enumerate(zip(actual, same_dtype, exact, strict=True)):
+        assert_parity(*compared, name=f"result {index} at {where}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fmkernels._tuned import tuned
+
 MAX_TRITON_SIZE = 256
 """Longer rows are sorted by the reference."""
 
@@ -14,7 +16,7 @@ WORKSPACE_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Config:
-    """What can be tuned. Nothing in here has been measured on a GPU yet."""
+    """What can be tuned of a Triton kernel."""
 
     rows: int
     """R: rows of X that a program carries at the same time."""
@@ -27,7 +29,7 @@ class Config:
 
         Left alone, ptxas aims at fewer and spills one or two of them now and then.
         """
-        return 65536 // (self.programs_per_sm * self.num_warps * 32)
+        return min(255, 65536 // (self.programs_per_sm * self.num_warps * 32))
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,16 @@ At n = 49 the scratch is 81 KB, 43 MB for four programs on each of 132 multiproc
 """
 
 
-def heuristic(n: int) -> Config:
-    """The configuration for rows of n values."""
+def heuristic(n: int, capability: str | None = None) -> Config:
+    """The configuration for rows of n values: measured on such a device, or counted.
+
+    Args:
+        n: values per row.
+        capability: of the device, such as ``"9.0"``.
+    """
+    measured = tuned(capability, "soft_sort", "triton", str(padded(n)))
+    if measured is not None:
+        return Config(**measured)
     return Config(rows=ROWS[padded(n)], num_warps=4, programs_per_sm=4)
 
 
@@ -69,9 +79,7 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def launch_plan(
-    queries: int, n: int, layers: int, multiprocessors: int, config: Config | None = None
-) -> Plan:
+def launch_plan(queries: int, n: int, layers: int, multiprocessors: int, config: Config) -> Plan:
     """The launch for so many queries of n values on a device.
 
     Args:
@@ -79,9 +87,8 @@ def launch_plan(
         n: values per row.
         layers: of the network.
         multiprocessors: of the device.
-        config: instead of the heuristic's.
+        config: the heuristic's, or one to be tried.
     """
-    config = config or heuristic(n)
     wires = padded(n)
     slot = max(1, layers) * wires * (WEIGHT_ARRAYS + config.rows)  # one value has no layer
     fitting = max(1, WORKSPACE_BYTES // (4 * slot))
@@ -110,13 +117,26 @@ class BlockPlan:
     blocks_per_sm: int
 
 
+def all_passes(n: int) -> range:
+    """In how many passes a block may take the n rows of X.
+
+    Fewer than 16 rows at a time would leave more than half of a warp idle.
+    """
+    return range(1, max(1, n // 16) + 1)
+
+
 def block_plan(
-    queries: int, n: int, block_limit: int, sm_limit: int, shared_bytes: Callable[[int], int]
+    queries: int,
+    n: int,
+    block_limit: int,
+    sm_limit: int,
+    shared_bytes: Callable[[int], int],
+    capability: str | None = None,
 ) -> BlockPlan | None:
     """The launch for so many queries of n values, or None where no block is small enough.
 
-    A block takes its rows in as few passes as keep most rows of X on a multiprocessor; fewer than
-    16 rows would leave more than half of a warp idle.
+    A block takes its rows in as many passes as were measured to be best on such a device, if it is
+    small enough then; else in as few as keep most rows of X on a multiprocessor.
 
     Args:
         queries: rows of scores; at least 1.
@@ -124,17 +144,22 @@ def block_plan(
         block_limit: shared bytes that a block may take on the device.
         sm_limit: shared bytes of a multiprocessor.
         shared_bytes: of a block that carries so many rows.
+        capability: of the device, such as ``"9.0"``.
     """
     best, most = None, 0.0
-    for passes in range(1, max(1, n // 16) + 1):
+    measured = tuned(capability, "soft_sort", "cuda", str(padded(n)))
+    for passes in all_passes(n):
         rows = -(-n // passes)
         needed = shared_bytes(rows)
         if needed > block_limit:
             continue
         blocks = max(1, sm_limit // (needed + RESERVED_BYTES))
         resident = blocks * n / passes
-        if resident > most:
+        chosen = measured is not None and passes == measured["passes"]
+        if resident > most or chosen:
             threads = max(64, -(-rows // 32) * 32)
             best = BlockPlan(min(queries, MAX_GRID), threads, rows, needed, blocks)
             most = resident
+        if chosen:
+            break
     return best

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fmkernels import _cuda  # type: ignore[attr-defined]
+from fmkernels._tuned import capability
 from fmkernels.ops.soft_sort.config import BlockPlan, block_plan
 from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
@@ -60,7 +61,7 @@ def plan(
         needed: int = _cuda.shared_bytes(n, comparators, tape, rows, with_teacher, with_grad)
         return needed
 
-    return block_plan(queries, n, block_limit, sm_limit, shared_bytes)
+    return block_plan(queries, n, block_limit, sm_limit, shared_bytes, capability(device))
 
 
 def launch_arguments(

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fmkernels.ops.soft_sort.config import Config, Plan, launch_plan
+from fmkernels._tuned import capability
+from fmkernels.ops.soft_sort.config import Config, Plan, heuristic, launch_plan
 from fmkernels.ops.soft_sort.networks import layers
 from fmkernels.ops.soft_sort.triton_math import cauchy_tail, divide, erfc, exp, power
 
@@ -265,7 +266,8 @@ def plan_for(scores: Tensor, network: str) -> Plan:
     multiprocessors = 1
     if scores.is_cuda:
         multiprocessors = torch.cuda.get_device_properties(scores.device).multi_processor_count
-    return launch_plan(scores.numel() // n, n, len(layers(network, n)), multiprocessors)
+    config = heuristic(n, capability(scores.device))
+    return launch_plan(scores.numel() // n, n, len(layers(network, n)), multiprocessors, config)
 
 
 def options(config: Config) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""Which kernel runs what, and which have run on a GPU: the parts of README and docs that say so."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fmkernels import _library, info
+from fmkernels.ops.soft_sort import MAX_KERNEL_SIZE
+from fmkernels.ops.soft_sort.config import MAX_CUDA_SIZE, MAX_TRITON_SIZE
+
+LIMITS = {
+    "reference": "every device",
+    "cpp": f"n ≤ {MAX_KERNEL_SIZE:,}",
+    "triton": f"n ≤ {MAX_TRITON_SIZE}, not float64",
+    "cuda": f"n ≤ {MAX_CUDA_SIZE}, not float64",
+}
+"""Of every op on a sorting network."""
+
+
+def verified() -> dict[str, dict[str, str]]:
+    return json.loads(info.VERIFIED.read_text()) if info.VERIFIED.exists() else {}
+
+
+def backends(dates: dict[str, dict[str, str]]) -> list[str]:
+    """A Markdown table: for every op and backend its limit, and when it last ran on a GPU."""
+    lines = [
+        "| op | `reference` (PyTorch) | `cpp` (CPU) | `triton` (GPU) | `cuda` (GPU) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, op in sorted(_library.OPS.items()):
+        cells = [f"`{name}`"]
+        for backend, limit in LIMITS.items():
+            date = dates.get(name, {}).get(backend, "unverified")
+            cells.append(f"{limit}; {date}" if backend in op.gpu_kernels else limit)
+        lines.append(f"| {' | '.join(cells)} |")
+    composed = "composed of PyTorch products and `soft_sort_cross_entropy`"
+    return [*lines, f"| `patch_neighbor_loss` | {composed} | | | |"]
+
+
+def sentence(dates: dict[str, dict[str, str]], gpu_results: list[dict[str, Any]]) -> str:
+    """For the README: what has been seen of the GPU kernels."""
+    waiting = [
+        f"`{name}` ({backend})"
+        for name, op in sorted(_library.OPS.items())
+        for backend in op.gpu_kernels
+        if backend not in dates.get(name, {})
+    ]
+    if not dates:
+        return (
+            "The CUDA and Triton kernels have been compiled, and run in emulation, but never on a "
+            "GPU; `info` calls them *unverified*, and no GPU figure is claimed."
+        )
+    newest = max(date for op in dates.values() for date in op.values())
+    devices = sorted({content["device"] for content in gpu_results})
+    words = f"The GPU kernels last ran, and passed their tests, on {newest}"
+    words += f" ({', '.join(devices)})." if devices else "."
+    if waiting:
+        words += f" Never on a GPU, and *unverified* in `info`: {', '.join(waiting)}."
+    return words

@@ -1,0 +1,88 @@
+"""Tests of what runs on a GPU; ``make gpu`` runs them and keeps the outcomes.
+
+Without a GPU they are skipped, but for a dry run, which goes through them on the CPU (see
+benchmarks/gpu/target.py).
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.record import Record
+from gpu.target import BACKENDS, DEVICE, DRY_RUN, prepare, synchronize
+
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gpu-results", type=Path, metavar="FOLDER", help="write gpu-tests.json there"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    folder = config.getoption("--gpu-results", None)
+    if folder is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Outcomes(Record(folder, "tests")))
+
+
+class Outcomes:
+    """Every test's outcome, and the kernels that it verifies, as (op, backend)."""
+
+    def __init__(self, record):
+        self.record = record
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            verifies = [pair for name, pair in report.user_properties if name == "verifies"]
+            name = report.nodeid.rpartition("gpu/")[2]
+            # a process that died does not say what it was about
+            verifies = verifies or self.record.results.get(name, {}).get("verifies", [])
+            facts = {"outcome": report.outcome, "verifies": verifies}
+            if report.failed:
+                facts["why"] = report.longreprtext[-600:]
+            self.record.results[name] = facts
+            self.record.write()
+
+    def pytest_sessionfinish(self):
+        self.record.finish()
+
+
+def pytest_collection_modifyitems(items):
+    if not DRY_RUN and not torch.cuda.is_available():
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def prepared():
+    prepare()
+    yield
+    try:
+        synchronize()
+    except RuntimeError:  # after an illegal access every later call of this process fails
+        os._exit(1)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def verifies(record_property, backend):
+    """verifies("soft_sort", …): if the test passes, these kernels have run and were right."""
+
+    def verifies(*ops):
+        for op in ops:
+            record_property("verifies", (op, backend))
+
+    return verifies
+
+
+@pytest.fixture
+def device():
+    return DEVICE
