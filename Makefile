@@ -68,8 +68,9 @@ bench: $(SETUP) ## measure, write benchmarks/results and the README's tables
 	$(BIN)/python -m fmkernels bench --save
 	$(BIN)/python benchmarks/report.py
 
-readme: $(SETUP) ## the README's tables and plots from benchmarks/results
+readme: $(SETUP) ## the README's tables and plots from benchmarks/results, the counts of docs/kernels
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/counts.py
 
 clean: ## remove what was built, and .venv
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info fmkernels/*.abi3.so fmkernels/_build_info.py
