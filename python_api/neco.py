@@ -365,7 +365,8 @@ def _weights(foreground: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _shuffled(patches: Tensor, foreground: Tensor | None) -> Tensor:
     """A random order of the patches (M, D); of the foreground alone, repeated, if it is given."""
-    order = torch.randperm(len(patches), device=patches.device)
+    # not randperm: inductor of torch 2.13 fails to compile what it indexes (pytorch issue 158457)
+    order = torch.rand(len(patches), device=patches.device).argsort()
     if foreground is None:
         return order
     inside = foreground.flatten()

@@ -38,6 +38,19 @@ def test_is_a_module_like_any_other():
     assert repr(sorter).startswith("DiffSortNet('bitonic', 8, steepness=10.0")
 
 
+def test_inductor_gives_the_same():
+    sorter = DiffSortNet("bitonic", 8)
+    compiled = torch.compile(sorter, fullgraph=True)
+    x = torch.randn(4, 8, requires_grad=True)
+    weights = torch.randn(4, 8), torch.randn(4, 8, 8)
+    results = [
+        (*outputs, *torch.autograd.grad(outputs, x, weights))
+        for outputs in (compiled(x), sorter(x))
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

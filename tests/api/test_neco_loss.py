@@ -309,6 +309,30 @@ def test_compiles_as_one_graph(queue_size, masked):
         assert compiled.queue.written.tolist() == [40, 40]
 
 
+@pytest.mark.parametrize("queue_size", [None, 64])
+def test_inductor_gives_the_same(queue_size):
+    """One pair of small crops, because all the time is the compiler's, which unrolls the pairs."""
+    student, teacher, boxes = random_batch(2, 8, ((6, 6), (4, 4)), 1, torch.float32)
+    mask = None
+    if queue_size:
+        mask = torch.zeros(2, 1, 6, 6)
+        mask[:, :, 1:5, 1:5] = 1
+    eager = NeCoLoss(3, queue_size, dim=8, num_globals=1)
+    options = {"fallback_random": True}  # eager PyTorch's random numbers, for the same references
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, options=options)
+    for seed in range(2):  # with an empty queue, and a filled one
+        losses = []
+        for criterion in (compiled, eager):
+            torch.manual_seed(seed)
+            losses.append(criterion(student, teacher, boxes, mask))
+        torch.testing.assert_close(*losses)
+        for a, b in zip(*(gradients(loss, student) for loss in losses), strict=True):
+            torch.testing.assert_close(a, b)
+    if queue_size:
+        assert torch.equal(compiled.queue.patches, eager.queue.patches)
+        assert compiled.queue.written.tolist() == [40]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_maps_are_computed_in_float32(dtype):
     student, teacher, boxes = random_batch(dtype=torch.float32)
