@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LARGEST = torch.finfo(torch.float32).max
 
 _PASSED: dict[tuple[Any, ...], Any] = {}
 
@@ -35,7 +36,7 @@ def floating_tensor(op: str, argument: str, value: Any) -> None:
     """A dense tensor of a real floating dtype with at least one dimension and one column."""
     if isinstance(value, Tensor) and value.dtype.is_floating_point:
         shape = value.shape
-        if shape and shape[-1] >= 1:
+        if shape and shape[-1] >= 1 and value.layout is torch.strided:
             return
     _refuse_tensor(op, argument, value)
 
@@ -48,10 +49,15 @@ def _refuse_tensor(op: str, argument: str, value: Any) -> None:
             f"{op}: {argument}: expected a floating-point dtype, got {value.dtype}; "
             f"convert it with {argument}.float()"
         )
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{op}: {argument}: expected a dense tensor, got {value.layout}; "
+            f"convert it with {argument}.to_dense()"
+        )
     if value.ndim == 0:
         raise ValueError(f"{op}: {argument}: expected at least one dimension (…, n), got a scalar")
     raise ValueError(
-        f"{op}: {argument}: expected at least 1 value per row, got shape {shape(value)}"
+        f"{op}: {argument}: expected a last dimension of at least 1, got shape {shape(value)}"
     )
 
 
@@ -82,10 +88,10 @@ def same_device(op: str, argument: str, value: Tensor, other: str, reference: Te
 
 
 def non_negative(op: str, argument: str, value: Any) -> None:
-    """A finite number that is zero or larger."""
+    """A number that is zero or larger and finite in float32."""
     if not isinstance(value, (float, int, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {argument}: expected a number, got {type(value).__name__}")
-    if not 0.0 <= value < math.inf:  # type: ignore[operator]
+    if not 0.0 <= value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{op}: {argument}: expected a finite number >= 0, got {value}")
 
 

@@ -127,7 +127,7 @@ def refusal(error, message, **changes):
         refusal(TypeError, "scores: expected a floating-point", scores=torch.zeros(2, 8).int()),
         refusal(TypeError, "floating-point.*complex", scores=torch.zeros(2, dtype=torch.cfloat)),
         refusal(ValueError, "scores: expected at least one dimension", scores=torch.tensor(1.0)),
-        refusal(ValueError, r"at least 1 value per row, got shape \(8, 0\)", scores=torch.zeros(8, 0)),
+        refusal(ValueError, r"a last dimension of at least 1, got shape \(8, 0\)", scores=torch.zeros(8, 0)),
         refusal(ValueError, "network: expected one of bitonic.*got 'quick'", network="quick"),
         refusal(ValueError, "distribution: expected one of logistic.*'normal'", distribution="normal"),
         refusal(ValueError, "steepness: expected a finite number >= 0, got -1", steepness=-1.0),
