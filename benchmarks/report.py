@@ -201,9 +201,7 @@ def generated(page: str, script: str, body: str) -> str:
 def pages() -> dict[Path, str]:
     """What the pages with a generated part should be."""
     bodies = {README: readme_body(), BACKENDS: "\n".join(status.backends(status.verified()))}
-    return {
-        path: generated(path.read_text(), "report.py", body) for path, body in bodies.items()
-    }
+    return {path: generated(path.read_text(), "report.py", body) for path, body in bodies.items()}
 
 
 def main() -> int:
