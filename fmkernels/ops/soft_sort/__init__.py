@@ -83,7 +83,7 @@ def soft_sort(
         _check(scores, *settings)
         half = scores.dtype in HALF
     else:
-        half, settings = _checks.once(_checked, scores, scores, settings)
+        half, settings = _checks.once(_checked, settings, scores)
     if half and autocasts(scores):
         scores = scores.float()
     return SOFT_SORT(scores, *settings)  # type: ignore[no-any-return]
@@ -97,7 +97,7 @@ def _check(scores: Tensor, *settings: Any) -> None:
     check_settings("soft_sort", *settings)
 
 
-def _checked(scores: Tensor, _: Tensor, *settings: Any) -> tuple[bool, tuple[Any, ...]]:
+def _checked(scores: Tensor, *settings: Any) -> tuple[bool, tuple[Any, ...]]:
     """Whether it is a narrow dtype, and the settings for the op."""
     _check(scores, *settings)
     check_sorts("soft_sort", settings[1], scores.shape[-1])
@@ -179,13 +179,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(
-    ctx: Any, grad_values: Tensor | None, grad_permutation: Tensor | None
+    ctx: Any, on_reference: bool, grad_values: Tensor | None, grad_permutation: Tensor | None
 ) -> Tensor | None:
     if grad_values is None and grad_permutation is None:
         return None
     (scores,) = ctx.saved_tensors
     grad_scores: Tensor = SOFT_SORT_BACKWARD.run(
-        ctx.on_reference, grad_values, grad_permutation, scores, *ctx.settings
+        on_reference, grad_values, grad_permutation, scores, *ctx.settings
     )
     return grad_scores
 

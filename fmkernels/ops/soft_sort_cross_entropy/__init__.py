@@ -90,7 +90,7 @@ def soft_sort_cross_entropy(
         _check(student, teacher, *settings)
         wide = False
     else:
-        wide, settings = _checks.once(_checked, student, teacher, settings)
+        wide, settings = _checks.once(_checked, settings, student, teacher)
     if mask is not None:
         mask = check_mask(NAME, mask, student)
     if not wide:
@@ -185,7 +185,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(grad_student, inputs[0])  # the student so that double backward refuses
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Tensor | None:
+def _backward(ctx: Any, _: bool, grad_loss: Tensor | None, *__: None) -> Tensor | None:
     if grad_loss is None:
         return None
     grad_student, student = ctx.saved_tensors
