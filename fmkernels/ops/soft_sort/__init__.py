@@ -49,7 +49,7 @@ def soft_sort(
             ``"odd_even_merge"`` or ``"odd_even"``. The result depends on the choice.
         distribution: f, a cumulative distribution function: ``"cauchy"``, ``"reciprocal"``,
             ``"optimal"`` (slow tails), ``"logistic"``, ``"logistic_phi"``, ``"gaussian"``.
-        art_lambda: exponent λ of ``logistic_phi``: f(s·Δ/(|Δ| + 1e-10)^λ).
+        art_lambda: exponent λ of ``logistic_phi``, from 0 to 1: f(s·Δ/(|Δ| + 1e-10)^λ).
 
     Returns:
         ``values`` (…, n), ascending up to the relaxation, and ``permutation`` (…, n, n) with
@@ -58,8 +58,9 @@ def soft_sort(
 
     Raises:
         TypeError: ``scores`` is not a floating-point tensor, or a number is expected.
-        ValueError: an unknown network or distribution, a negative or non-finite steepness, or a
-            ``bitonic`` of a size at which diffsort's wiring does not sort (22, 38, 42, …).
+        ValueError: an unknown network or distribution, a negative or non-finite steepness, an
+            ``art_lambda`` that is not from 0 to 1, or a ``bitonic`` of a size at which diffsort's
+            wiring does not sort (22, 38, 42, …).
         NotImplementedError: under ``vmap``. Double backward raises ``RuntimeError``.
 
     Numerics:
@@ -110,6 +111,8 @@ def check_settings(
     """The checks that every op on a sorting network shares."""
     _checks.non_negative(op, "steepness", steepness)
     _checks.non_negative(op, "art_lambda", art_lambda)
+    if art_lambda > 1:  # close scores would then be told apart better than distant ones
+        raise ValueError(f"{op}: art_lambda: expected a number from 0 to 1, got {art_lambda}")
     _checks.choice(op, "network", network, NETWORKS)
     _checks.choice(op, "distribution", distribution, DISTRIBUTIONS)
 
