@@ -114,18 +114,30 @@ def test_a_bad_row_stays_alone():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_keeps_one_array_for_backward():
-    student, teacher = scores(100, 49).float().detach().requires_grad_(), scores(100, 49).float()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_one_array_for_backward_and_refuses_a_second(dtype, autocast):
+    student, teacher = (scores(100, 49).detach().to(dtype) for _ in range(2))
+    student.requires_grad_()
     kept = {}
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        fmkernels.soft_sort_cross_entropy(student, teacher)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", enabled=autocast),
+    ):
+        loss = fmkernels.soft_sort_cross_entropy(student, teacher)
+    assert loss.dtype == (torch.float32 if autocast else dtype)
     kept.pop(student.untyped_storage().data_ptr(), None)
     assert sum(kept.values()) == student.numel() * 4
+
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    assert grad.dtype == dtype
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(grad.sum(), student)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
