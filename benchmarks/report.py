@@ -23,7 +23,8 @@ MEANING = {
     "neco-step": "loss, 392 rows of 49",
     "neco-196": "loss, 196 rows of 196",
     "neco-196-small": "loss, 4 rows of 196",
-    "neco-features": "`patch_neighbor_loss`, 8 images × 49 patches × 256",
+    "neco-features": "`patch_neighbor_loss`, 64 images × 49 patches × 256",
+    "neco-features-8": "`patch_neighbor_loss`, 8 images × 49 patches × 256",
     "neco-loss": "`NeCoLoss`, 2 images: 10 pairs of crops, 7 × 7 patches × 256",
     "neco-loss-14": "`NeCoLoss`, 4 images: 10 pairs of crops, 14 × 14 patches × 256",
     "soft-sort-matrix": "permutation matrix, 3,136 rows of 49",
@@ -34,8 +35,6 @@ MEANING = {
     "soft-sort-values": "sorted values only, 3,136 rows of 49",
 }
 BUSY_NOTE = ", machine busy"
-
-DIRECTIONS = ("forward", "forward + backward")
 
 PEERS = {
     "diffsort": "diffsort",
@@ -108,10 +107,6 @@ def speeds(results: Results) -> list[str]:
     torchsort = results.get("soft-sort-values", {}).get("torchsort")
     if torchsort:
         lines += ["", f"`soft-sort-values` beside torchsort: {times(torchsort)}."]
-    host = results.get("host-time", {})
-    if "soft_sort, forward" in host:
-        shown = ", ".join(f"{w} {times(host[f'soft_sort, {w}'])}" for w in DIRECTIONS)
-        lines += ["", f"Host time of a 2 × 8 `soft_sort` beside `F.softmax`: {shown}."]
     return lines
 
 

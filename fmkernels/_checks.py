@@ -14,21 +14,23 @@ LARGEST = torch.finfo(torch.float32).max
 _PASSED: dict[tuple[Any, ...], Any] = {}
 
 
-def once(check: Callable[..., Any], a: Any, b: Any, settings: tuple[Any, ...]) -> Any:
-    """``check(a, b, *settings)``, remembered for tensors of the same shapes, dtypes and devices.
+def once(check: Callable[..., Any], settings: tuple[Any, ...], a: Any, *others: Any) -> Any:
+    """``check(a, *others, *settings)``, remembered for the same shapes, dtypes and devices.
 
     A training loop calls with the same ones again and again, and to look at them takes longer than
     to sort a short row.
     """
     try:
-        key = (check, a.shape, b.shape, a.dtype, b.dtype, a.device, b.device, settings)
+        key: tuple[Any, ...] = (check, settings, a.shape, a.dtype, a.device)
+        for b in others:
+            key += (b.shape, b.dtype, b.device)
         if (passed := _PASSED.get(key)) is not None:
             return passed
     except (AttributeError, TypeError):  # no tensor, or unhashable: the check has the words
-        return check(a, b, *settings)
+        return check(a, *others, *settings)
     if len(_PASSED) >= 1024:
         _PASSED.clear()
-    _PASSED[key] = passed = check(a, b, *settings)
+    _PASSED[key] = passed = check(a, *others, *settings)
     return passed
 
 

@@ -15,9 +15,9 @@ from fmkernels.ops.soft_sort import DISTRIBUTIONS, NETWORKS, check_settings, che
 class DiffSortNet(nn.Module):
     """A differentiable sorting network with the interface of ``diffsort.DiffSortNet``.
 
-    The same constructor, results and (empty) ``state_dict``. One documented difference: it refuses
-    the sizes at which diffsort's bitonic wiring does not sort (22, 38, 42, …). The module has no
-    tensors, so it works on whatever device its input is on.
+    The same constructor, results and (empty) ``state_dict``. Two documented differences: it refuses
+    the sizes at which diffsort's bitonic wiring does not sort (22, 38, 42, …) and an ``art_lambda``
+    above 1. The module has no tensors, so it works on whatever device its input is on.
 
     Args:
         sorting_network_type: ``"bitonic"`` or ``"odd_even"``; also ``"reflected_bitonic"`` and

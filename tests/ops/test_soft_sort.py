@@ -135,6 +135,7 @@ def refusal(error, message, **changes):
         refusal(ValueError, "steepness: expected a finite number >= 0, got nan", steepness=float("nan")),
         refusal(TypeError, "steepness: expected a number, got str", steepness="steep"),
         refusal(ValueError, "art_lambda: expected a finite number", art_lambda=-0.5),
+        refusal(ValueError, "art_lambda: expected a number from 0 to 1, got 4", art_lambda=4),
     ],
 )  # fmt: skip
 def test_refusals(arguments, error, message):
