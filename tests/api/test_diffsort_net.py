@@ -73,7 +73,7 @@ def test_refuses_other_shapes(shape):
 
 
 def test_messages_name_the_module_and_its_arguments():
-    with pytest.raises(ValueError, match="^DiffSortNet: interpolation_type: expected one of"):
+    with pytest.raises(ValueError, match=r"^DiffSortNet: interpolation_type: expected one of"):
         DiffSortNet("bitonic", 8, interpolation_type="nope")
     sorter = DiffSortNet("bitonic", 8)
     for vectors in ([1.0] * 8, torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8).to_sparse()):

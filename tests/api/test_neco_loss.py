@@ -6,7 +6,7 @@ import io
 import neco_composition
 import pytest
 import torch
-from crops import SIZES, gradients, random_batch, random_crops, random_references
+from crops import gradients, random_batch, random_crops, random_references
 
 import fmkernels
 from fmkernels.api import NeCoLoss, ProjectionHead, intersection_boxes
@@ -285,6 +285,7 @@ def test_gradients_accumulate():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("queue_size", [None, 128])
 def test_compiles_as_one_graph(queue_size, masked):
+    torch._dynamo.reset()
     student, teacher, boxes = random_batch(dtype=torch.float32)
     mask = torch.ones(2, 2, 16, 16) if masked else None
     references = random_references(6, 2, 8).float()
