@@ -27,8 +27,11 @@ SHARED_LIMITS = 232_448, 233_472  # bytes of a block, of a multiprocessor
 SECTOR = 32  # bytes, the least that the level-2 cache is asked for
 
 STEP_CYCLES, INSTRUCTIONS = 100, 10
-"""Estimates: cycles of a quad, a pair or a layer of the values; instructions of a comparator that a
-warp meets."""
+"""Estimates: cycles of a step of a row or of a layer of the values; instructions of a comparator
+that a warp meets."""
+
+AT_ONCE = {4: 2, 1: 4}
+"""Quads, and pairs, that a thread has in flight, by their slots; see soft_sort.h."""
 
 PROBLEMS = ALL[:4]
 
@@ -54,7 +57,14 @@ def plan_of(problem: Problem) -> BlockPlan:
     def shared_bytes(rows: int) -> int:
         return sum(arrays_of(problem, rows).values())
 
-    plan = block_plan(problem.queries, problem.n, *SHARED_LIMITS, shared_bytes, CAPABILITY)
+    plan = block_plan(
+        problem.queries,
+        problem.n,
+        *SHARED_LIMITS,
+        shared_bytes,
+        CAPABILITY,
+        with_teacher=problem.chains == 2,
+    )
     assert plan is not None
     return plan
 
@@ -66,7 +76,7 @@ class Warps:
     met: int
     """Comparators, over the warps: the most that a lane meets in every segment."""
     steps: int
-    """Quads and pairs, one after the other: of the slowest warp, over the passes."""
+    """Quads and pairs, some at once: of the slowest warp, over the passes."""
 
 
 def warps_of(problem: Problem) -> Warps:
@@ -77,8 +87,10 @@ def warps_of(problem: Problem) -> Warps:
         longest = 0
         for warp in (rows[lane : lane + 32] for lane in range(0, len(rows), 32)):
             counts = [max(counts) for counts in zip(*(row.visited for row in warp), strict=True)]
-            met += sum(s.slots * count for s, count in zip(walk.segments, counts, strict=True))
-            longest = max(longest, sum(counts))
+            of_segments = list(zip((s.slots for s in walk.segments), counts, strict=True))
+            met += sum(slots * count for slots, count in of_segments)
+            steps_of_warp = (sum(divmod(count, AT_ONCE[slots])) for slots, count in of_segments)
+            longest = max(longest, sum(steps_of_warp))
         steps += longest
     return Warps(met, steps)
 
@@ -104,7 +116,8 @@ def cycles_of(problem: Problem) -> dict[str, float]:
     """Of a multiprocessor for one query: what each of its units is busy for, and the waiting."""
     warps, plan = warps_of(problem), plan_of(problem)
     passes = problem.plain + 2 * problem.taped
-    waits = warps.steps * passes + problem.depth * (1 + problem.taped)
+    there_and_back = 1 + problem.taped  # the teacher's rows go there beside the student's
+    waits = (warps.steps + problem.depth) * there_and_back
     sectors = SECTOR * problem.n**2 * problem.matrix * problem.plain
     return {
         "memory": problem.bytes * CLOCK * MULTIPROCESSORS / COPY,
@@ -149,7 +162,7 @@ def column(problem: Problem) -> dict[str, str]:
         "in and out through the memory, a query": f"{problem.bytes:,} bytes",
         "operations: at least": f"{problem.least_operations:,}",
         "comparators that warps meet": f"{warps.met:,}",
-        "quads and pairs of a row": f"{warps.steps:,}",
+        "steps of a row": f"{warps.steps:,}",
         "accesses of warps to shared memory": f"{shared_accesses(problem):,}",
         "**all queries:** floor of the memory": memory,
         "floor of the arithmetic": arithmetic,

@@ -117,7 +117,9 @@ def test_peak_memory_of_a_fresh_process():
 @pytest.mark.parametrize("picture", ["picture.xyz", "no/such/folder/picture.png"])
 def test_a_picture_that_cannot_be_written_is_refused_before_the_training(picture, capsys):
     assert cli.main(["demo", "--picture", picture]) == 2
-    assert "demo: --picture: expected a .png file in a folder that exists" in capsys.readouterr().err
+    assert (
+        "demo: --picture: expected a .png file in a folder that exists" in capsys.readouterr().err
+    )
 
 
 def test_a_filter_that_fits_no_benchmark_is_said(capfd):

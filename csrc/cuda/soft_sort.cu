@@ -24,7 +24,7 @@ struct ThreadBlock {
   }
 };
 
-// Threads of the largest block (n = 128). The tapes leave room for a few warps on a multiprocessor, so
+// MAX_THREADS of ops/soft_sort/config.py. The tapes leave room for a few warps on a multiprocessor, so
 // a thread may have all the registers it wants: the 1 in the bounds below says so; without it ptxas
 // aims at more blocks and spills.
 constexpr int max_threads = 128;

@@ -142,6 +142,13 @@ FMKERNELS_INLINE void sort_values_backward(
 template <int R>
 constexpr int rows_at_once = R < 2 ? R : 2;
 
+// Quads, and pairs, of a segment that are in registers at the same time. A CPU's are full with one,
+// and it looks ahead; a thread of a GPU has registers to spare, and stands still for every access.
+template <class V>
+constexpr int quads_at_once = Lanes<V>::count == 1 ? 2 : 1;
+template <class V>
+constexpr int pairs_at_once = Lanes<V>::count == 1 ? 4 : 1;
+
 // The four wires of a quad. memory is (n, R) from the first of K rows on; like all arrays of rows
 // below it is a pointer, or whatever else can be indexed and moved as one.
 template <int R, int K, class Memory, class V>
@@ -158,6 +165,24 @@ FMKERNELS_INLINE void store_quad(const Quad& quad, const V (&x)[4][K], Memory me
     for (int r = 0; r < K; ++r) wire[r] = x[k][r];
   }
 }
+
+// The two wires of a pair, of all R rows.
+template <int R, class Memory, class V>
+FMKERNELS_INLINE void load_pair(const Pair& pair, Memory memory, V (&x)[2][R]) {
+  for (int k = 0; k < 2; ++k) {
+    const Memory wire = memory + static_cast<int64_t>(pair.wire[k]) * R;
+    for (int r = 0; r < R; ++r) x[k][r] = wire[r];
+  }
+}
+template <int R, class Memory, class V>
+FMKERNELS_INLINE void store_pair(const Pair& pair, const V (&x)[2][R], Memory memory) {
+  for (int k = 0; k < 2; ++k) {
+    const Memory wire = memory + static_cast<int64_t>(pair.wire[k]) * R;
+    for (int r = 0; r < R; ++r) wire[r] = x[k][r];
+  }
+}
+FMKERNELS_INLINE int32_t first_slot(const Quad& quad) { return quad.first_slot; }
+FMKERNELS_INLINE int32_t first_slot(const Pair& pair) { return pair.slot; }
 
 // One comparator on K rows.
 template <int K, class V>
@@ -179,6 +204,142 @@ FMKERNELS_INLINE void unmix(
   mix(a, b, w);
 }
 
+// Where the weights of Q members of a segment are read from. With several in flight they are loaded
+// before anything is stored, because a load does not pass a store that might be to the same place.
+template <int Q, int slots, class V>
+struct WeightsOf {
+  Weights<V> held[Q][slots];
+  template <class Member>
+  FMKERNELS_INLINE WeightsOf(const Member* members, const Weights<V>* weights) {
+    for (int q = 0; q < Q; ++q) {
+      for (int k = 0; k < slots; ++k) held[q][k] = weights[first_slot(members[q]) + k];
+    }
+  }
+  FMKERNELS_INLINE const Weights<V>* operator[](int q) const { return held[q]; }
+};
+template <int slots, class V>
+struct WeightsOf<1, slots, V> {
+  const Weights<V>* first;
+  template <class Member>
+  FMKERNELS_INLINE WeightsOf(const Member* members, const Weights<V>* weights)
+      : first(weights + first_slot(*members)) {}
+  FMKERNELS_INLINE const Weights<V>* operator[](int) const { return first; }
+};
+
+// Q quads of a segment, forward. state is (n, R), tape (plan.tape_count, R).
+template <int R, int Q, bool keep_tape, class Memory, class V>
+FMKERNELS_INLINE void sort_members(
+    const Quad* quads, int32_t tape_shift, const Weights<V>* weights, Memory state, Memory tape) {
+  constexpr int K = rows_at_once<R>;
+  const WeightsOf<Q, 4, V> w(quads, weights);
+  for (int r = 0; r < R; r += K) {
+    V x[Q][4][K];
+    for (int q = 0; q < Q; ++q) load_quad<R>(quads[q], state + r, x[q]);
+    for (int q = 0; q < Q; ++q) {
+      const Memory t = tape + static_cast<int64_t>(quads[q].first_slot + tape_shift) * R + r;
+      if constexpr (keep_tape) {
+        subtract(x[q][0], x[q][1], t);
+        subtract(x[q][2], x[q][3], t + R);
+      }
+      mix(x[q][0], x[q][1], w[q][0]);
+      mix(x[q][2], x[q][3], w[q][1]);
+      if constexpr (keep_tape) {
+        subtract(x[q][0], x[q][2], t + 2 * R);
+        subtract(x[q][1], x[q][3], t + 3 * R);
+      }
+      mix(x[q][0], x[q][2], w[q][2]);
+      mix(x[q][1], x[q][3], w[q][3]);
+    }
+    for (int q = 0; q < Q; ++q) store_quad<R>(quads[q], x[q], state + r);
+  }
+}
+
+// Q pairs, likewise.
+template <int R, int Q, bool keep_tape, class Memory, class V>
+FMKERNELS_INLINE void sort_members(
+    const Pair* pairs, int32_t tape_shift, const Weights<V>* weights, Memory state, Memory tape) {
+  const WeightsOf<Q, 1, V> w(pairs, weights);
+  V x[Q][2][R];
+  for (int q = 0; q < Q; ++q) load_pair<R>(pairs[q], state, x[q]);
+  for (int q = 0; q < Q; ++q) {
+    if constexpr (keep_tape) {
+      subtract(x[q][0], x[q][1], tape + static_cast<int64_t>(pairs[q].slot + tape_shift) * R);
+    }
+    mix(x[q][0], x[q][1], *w[q]);
+  }
+  for (int q = 0; q < Q; ++q) store_pair<R>(pairs[q], x[q], state);
+}
+
+// Q quads of a segment, backward: grad is (n, R). Their shares go to add(slot, position, share).
+template <int R, int Q, class Memory, class V, class Add>
+FMKERNELS_INLINE void unsort_members(
+    const Quad* quads, int32_t tape_shift, const Weights<V>* weights, Memory tape, Memory grad,
+    Add add) {
+  constexpr int K = rows_at_once<R>;
+  V sum[Q][4] = {};
+  for (int r = 0; r < R; r += K) {
+    V g[Q][4][K];
+    for (int q = 0; q < Q; ++q) load_quad<R>(quads[q], grad + r, g[q]);
+    for (int q = 0; q < Q; ++q) {
+      const Weights<V>* w = weights + quads[q].first_slot;
+      const Memory t = tape + static_cast<int64_t>(quads[q].first_slot + tape_shift) * R + r;
+      unmix(g[q][0], g[q][2], w[2], t + 2 * R, sum[q][2]);
+      unmix(g[q][1], g[q][3], w[3], t + 3 * R, sum[q][3]);
+      unmix(g[q][0], g[q][1], w[0], t, sum[q][0]);
+      unmix(g[q][2], g[q][3], w[1], t + R, sum[q][1]);
+    }
+    for (int q = 0; q < Q; ++q) store_quad<R>(quads[q], g[q], grad + r);
+  }
+  for (int q = 0; q < Q; ++q) {
+    const int32_t slot = quads[q].first_slot;
+    for (int k = 0; k < 4; ++k) add(slot + k, slot + tape_shift + k, sum[q][k]);
+  }
+}
+
+// Q pairs, likewise.
+template <int R, int Q, class Memory, class V, class Add>
+FMKERNELS_INLINE void unsort_members(
+    const Pair* pairs, int32_t tape_shift, const Weights<V>* weights, Memory tape, Memory grad,
+    Add add) {
+  V g[Q][2][R], sum[Q] = {};
+  for (int q = 0; q < Q; ++q) load_pair<R>(pairs[q], grad, g[q]);
+  for (int q = 0; q < Q; ++q) {
+    const Memory t = tape + static_cast<int64_t>(pairs[q].slot + tape_shift) * R;
+    unmix(g[q][0], g[q][1], weights[pairs[q].slot], t, sum[q]);
+  }
+  for (int q = 0; q < Q; ++q) store_pair<R>(pairs[q], g[q], grad);
+  for (int q = 0; q < Q; ++q) add(pairs[q].slot, pairs[q].slot + tape_shift, sum[q]);
+}
+
+// A part of a segment, Q members at once and the rest one by one.
+template <int R, bool keep_tape, int Q, class Member, class Memory, class V>
+FMKERNELS_INLINE void sort_part(
+    const Member* members, Active part, const Weights<V>* weights, Memory state, Memory tape) {
+  int32_t m = part.first;
+  if constexpr (Q > 1) {
+    for (; m + Q <= part.last; m += Q) {
+      sort_members<R, Q, keep_tape>(members + m, part.tape_shift, weights, state, tape);
+    }
+  }
+  for (; m < part.last; ++m) {
+    sort_members<R, 1, keep_tape>(members + m, part.tape_shift, weights, state, tape);
+  }
+}
+template <int R, int Q, class Member, class Memory, class V, class Add>
+FMKERNELS_INLINE void unsort_part(
+    const Member* members, Active part, const Weights<V>* weights, Memory tape, Memory grad,
+    Add add) {
+  int32_t m = part.first;
+  if constexpr (Q > 1) {
+    for (; m + Q <= part.last; m += Q) {
+      unsort_members<R, Q>(members + m, part.tape_shift, weights, tape, grad, add);
+    }
+  }
+  for (; m < part.last; ++m) {
+    unsort_members<R, 1>(members + m, part.tape_shift, weights, tape, grad, add);
+  }
+}
+
 // The R rows of a group of X through all layers. state is (n, R); the start value is 1 (or the
 // scale that all later entries should carry). tape, if kept, is (plan.tape_count, R): the
 // differences that the backward pass multiplies with.
@@ -186,48 +347,17 @@ template <int R, bool keep_tape, class Memory, class V>
 FMKERNELS_INLINE void sort_rows(
     const SortingPlan& plan, int32_t group, V start, const Weights<V>* weights, Memory state,
     Memory tape) {
-  constexpr int K = rows_at_once<R>;
-  const int32_t first = plan.groups[group].first;
+  const int32_t row = plan.groups[group].first;
   for (int32_t index = 0; index < plan.size * R; ++index) state[index] = V(0);
-  for (int r = 0; r < R; ++r) state[(first + r) * R + r] = start;
+  for (int r = 0; r < R; ++r) state[(row + r) * R + r] = start;
 
   const Active* active = plan.active + static_cast<int64_t>(group) * plan.segment_count;
   for (int32_t s = 0; s < plan.segment_count; ++s) {
     const Active part = active[s];
     if (plan.segments[s].is_quads) {
-      for (int32_t q = part.first; q < part.last; ++q) {
-        const Quad quad = plan.quads[q];
-        const Weights<V>* w = weights + quad.first_slot;
-        for (int r = 0; r < R; r += K) {
-          const Memory t = tape + static_cast<int64_t>(quad.first_slot + part.tape_shift) * R + r;
-          V x[4][K];
-          load_quad<R>(quad, state + r, x);
-          if constexpr (keep_tape) {
-            subtract(x[0], x[1], t);
-            subtract(x[2], x[3], t + R);
-          }
-          mix(x[0], x[1], w[0]);
-          mix(x[2], x[3], w[1]);
-          if constexpr (keep_tape) {
-            subtract(x[0], x[2], t + 2 * R);
-            subtract(x[1], x[3], t + 3 * R);
-          }
-          mix(x[0], x[2], w[2]);
-          mix(x[1], x[3], w[3]);
-          store_quad<R>(quad, x, state + r);
-        }
-      }
+      sort_part<R, keep_tape, quads_at_once<V>>(plan.quads, part, weights, state, tape);
     } else {
-      for (int32_t p = part.first; p < part.last; ++p) {
-        const Pair pair = plan.pairs[p];
-        const Memory a = state + static_cast<int64_t>(pair.wire[0]) * R;
-        const Memory b = state + static_cast<int64_t>(pair.wire[1]) * R;
-        const Memory t = tape + static_cast<int64_t>(pair.slot + part.tape_shift) * R;
-        for (int r = 0; r < R; ++r) {
-          if constexpr (keep_tape) t[r] = a[r] - b[r];
-          mix(a[r], b[r], weights[pair.slot]);
-        }
-      }
+      sort_part<R, keep_tape, pairs_at_once<V>>(plan.pairs, part, weights, state, tape);
     }
   }
 }
@@ -238,42 +368,13 @@ template <int R, class Memory, class V, class Add>
 FMKERNELS_INLINE void sort_rows_backward(
     const SortingPlan& plan, int32_t group, const Weights<V>* weights, Memory tape, Memory grad,
     Add add) {
-  constexpr int K = rows_at_once<R>;
   const Active* active = plan.active + static_cast<int64_t>(group) * plan.segment_count;
   for (int32_t s = plan.segment_count - 1; s >= 0; --s) {
     const Active part = active[s];
     if (plan.segments[s].is_quads) {
-      for (int32_t q = part.first; q < part.last; ++q) {
-        const Quad quad = plan.quads[q];
-        const Weights<V>* w = weights + quad.first_slot;
-        const int32_t position = quad.first_slot + part.tape_shift;
-        V sum[4] = {V(0), V(0), V(0), V(0)};
-        for (int r = 0; r < R; r += K) {
-          const Memory t = tape + static_cast<int64_t>(position) * R + r;
-          V g[4][K];
-          load_quad<R>(quad, grad + r, g);
-          unmix(g[0], g[2], w[2], t + 2 * R, sum[2]);
-          unmix(g[1], g[3], w[3], t + 3 * R, sum[3]);
-          unmix(g[0], g[1], w[0], t, sum[0]);
-          unmix(g[2], g[3], w[1], t + R, sum[1]);
-          store_quad<R>(quad, g, grad + r);
-        }
-        for (int k = 0; k < 4; ++k) add(quad.first_slot + k, position + k, sum[k]);
-      }
+      unsort_part<R, quads_at_once<V>>(plan.quads, part, weights, tape, grad, add);
     } else {
-      for (int32_t p = part.first; p < part.last; ++p) {
-        const Pair pair = plan.pairs[p];
-        const int32_t position = pair.slot + part.tape_shift;
-        const Memory a = grad + static_cast<int64_t>(pair.wire[0]) * R;
-        const Memory b = grad + static_cast<int64_t>(pair.wire[1]) * R;
-        const Memory t = tape + static_cast<int64_t>(position) * R;
-        V sum(0);
-        for (int r = 0; r < R; ++r) {
-          sum = sum + (a[r] - b[r]) * t[r];
-          mix(a[r], b[r], weights[pair.slot]);
-        }
-        add(pair.slot, position, sum);
-      }
+      unsort_part<R, pairs_at_once<V>>(plan.pairs, part, weights, tape, grad, add);
     }
   }
 }

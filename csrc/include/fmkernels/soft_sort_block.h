@@ -5,8 +5,9 @@
 // returns when all are done. The phases of a query:
 //
 //     values   the comparators of a layer at the same time, layer by layer: weights and slopes
-//     rows     a row of X per thread: alone through all layers and back, its state in a column of
-//              its own; Σ e·d of the backward pass replaces the difference on the tape
+//     rows     a row of X per thread, the student's and the teacher's in warps of their own: alone
+//              through all layers, its state in a column of its own
+//     back     the same row back; Σ e·d replaces the difference on the tape
 //     sums     a comparator per thread: adds its products over the rows
 //     values   back through the layers
 //
@@ -230,11 +231,22 @@ FMKERNELS_BLOCK void cross_entropy_query(
   const Weights<float>* teacher_weights = memory.weights + plan.comparator_count;
   for (int32_t first = 0; first < n; first += rows) {
     const int32_t count = rows < n - first ? rows : n - first;
+    const int32_t lanes = memory.state_stride;  // so that no warp has rows of both
+    block.each(lanes + count, [&](int32_t item) {
+      const int32_t row = item < lanes ? item : item - lanes;
+      if (row >= count) return;
+      const Column tape = memory.tape_of(row);
+      if (item < lanes) {
+        const Column p = memory.state_of(row);
+        sort_rows<1, with_grad>(plan, first + row, 1.0f, memory.weights, p, tape);
+      } else {
+        const Column q = memory.teacher_of(row);
+        sort_rows<1, false>(plan, first + row, 1.0f / n, teacher_weights, q, tape);
+      }
+    });
     block.each(count, [&](int32_t row) {
       const Column p = memory.state_of(row), q = memory.teacher_of(row);
       const Column tape = memory.tape_of(row);
-      sort_rows<1, false>(plan, first + row, 1.0f / n, teacher_weights, q, tape);
-      sort_rows<1, with_grad>(plan, first + row, 1.0f, memory.weights, p, tape);
       float loss = 0;
       for (int32_t wire = 0; wire < n; ++wire) {
         float grad;

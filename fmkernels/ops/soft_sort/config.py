@@ -104,6 +104,9 @@ RESERVED_BYTES = 1024
 
 MAX_GRID = 2**31 - 1
 
+MAX_THREADS = 128
+"""Of a block; a phase with more items than threads takes them in turns."""
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -132,6 +135,8 @@ def block_plan(
     sm_limit: int,
     shared_bytes: Callable[[int], int],
     capability: str | None = None,
+    *,
+    with_teacher: bool = False,
 ) -> BlockPlan | None:
     """The launch for so many queries of n values, or None where no block is small enough.
 
@@ -145,6 +150,7 @@ def block_plan(
         sm_limit: shared bytes of a multiprocessor.
         shared_bytes: of a block that carries so many rows.
         capability: of the device, such as ``"9.0"``.
+        with_teacher: its rows have threads of their own.
     """
     best, most = None, 0.0
     measured = tuned(capability, "soft_sort", "cuda", str(padded(n)))
@@ -157,7 +163,8 @@ def block_plan(
         resident = blocks * n / passes
         chosen = measured is not None and passes == measured["passes"]
         if resident > most or chosen:
-            threads = max(64, -(-rows // 32) * 32)
+            threads = -(-rows // 32) * 32 * (2 if with_teacher else 1)
+            threads = min(MAX_THREADS, max(64, threads))
             best = BlockPlan(min(queries, MAX_GRID), threads, rows, needed, blocks)
             most = resident
         if chosen:

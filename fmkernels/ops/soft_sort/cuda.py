@@ -61,7 +61,15 @@ def plan(
         needed: int = _cuda.shared_bytes(n, comparators, tape, rows, with_teacher, with_grad)
         return needed
 
-    return block_plan(queries, n, block_limit, sm_limit, shared_bytes, capability(device))
+    return block_plan(
+        queries,
+        n,
+        block_limit,
+        sm_limit,
+        shared_bytes,
+        capability(device),
+        with_teacher=with_teacher,
+    )
 
 
 def launch_arguments(
