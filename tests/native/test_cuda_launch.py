@@ -1,6 +1,7 @@
 """What Python hands to the CUDA library, without a GPU: the kernels' algorithm runs on the addresses."""
 
 import ctypes
+import functools
 import math
 import types
 
@@ -80,6 +81,7 @@ class OnTheCpu:
 def launched(monkeypatch):
     """Launches are planned and get a stream, on the CPU."""
     monkeypatch.setattr(cuda, "plan", lambda *_: LAUNCH)
+    monkeypatch.setattr(cuda, "on_device", functools.cache(cuda.on_device))  # outlives the launch
     stream = types.SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
 

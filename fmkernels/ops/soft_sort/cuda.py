@@ -16,6 +16,7 @@ from torch import Tensor
 from fmkernels import _cuda  # type: ignore[attr-defined]
 from fmkernels._tuned import capability
 from fmkernels.ops.soft_sort.config import BlockPlan, block_plan
+from fmkernels.ops.soft_sort.kept import kept
 from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
 
@@ -42,9 +43,9 @@ def packed(network: str, n: int) -> bytes:
     return table
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def on_device(network: str, n: int, device: torch.device) -> Network:
-    """The network on a device; copied once."""
+    """The network on a device."""
     table = torch.frombuffer(bytearray(packed(network, n)), dtype=torch.int32)
     return Network(table.to(device), *sizes(network, n))
 

@@ -17,7 +17,6 @@ at 5.5 TB/s, for the 31,360 queries of a NeCo step, which is what bounds this ke
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from fmkernels._tuned import capability
 from fmkernels.ops.soft_sort.config import Config, Plan, heuristic, launch_plan
+from fmkernels.ops.soft_sort.kept import kept
 from fmkernels.ops.soft_sort.networks import layers
 from fmkernels.ops.soft_sort.triton_math import cauchy_tail, divide, erfc, exp, power
 
@@ -250,7 +250,7 @@ def soft_sort_bwd_kernel(
         tl.store(p_grad_scores + o_query + o_wire, b_grad, mask=m_wire)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def network_table(network: str, n: int, wires: int, device: torch.device) -> Tensor:
     """(layers, wires) int32: every wire's partner, plus IS_LO; a wire without one has itself."""
     table = torch.arange(wires, dtype=torch.int32).repeat(len(layers(network, n)), 1)
