@@ -55,14 +55,27 @@ def plan(
     queries: int, n: int, network: str, device: torch.device, with_teacher: bool, with_grad: bool
 ) -> BlockPlan | None:
     """The launch on this device, or None if the shared memory of a block is too small."""
-    block_limit, sm_limit = _cuda.shared_limits(device.index)
+    limits = _cuda.shared_limits(device.index)
+    return plan_within(limits, queries, n, network, with_teacher, with_grad, capability(device))
+
+
+def plan_within(
+    limits: tuple[int, int],
+    queries: int,
+    n: int,
+    network: str,
+    with_teacher: bool,
+    with_grad: bool,
+    capability: str | None = None,
+) -> BlockPlan | None:
+    """The launch where a block and a multiprocessor have so many bytes of shared memory."""
     comparators, tape = sizes(network, n)
 
     def shared_bytes(rows: int) -> int:
         needed: int = _cuda.shared_bytes(n, comparators, tape, rows, with_teacher, with_grad)
         return needed
 
-    return block_plan(queries, n, block_limit, sm_limit, shared_bytes, capability(device))
+    return block_plan(queries, n, *limits, shared_bytes, capability)
 
 
 def launch_arguments(
