@@ -90,6 +90,14 @@ def test_offsets_into_tensors_are_64_bit(name):
     assert checked == pointers
 
 
+@pytest.mark.parametrize("name", [name for name in BY_NAME if "fwd" not in name])
+def test_no_warp_stores_a_gradient_that_another_has_yet_to_load(name):
+    """A barrier lies between every sum over rows of X and the store that follows."""
+    ir = compile_for(name, 90, 49).asm["ttir"]
+    (after_the_sum,) = re.findall(r"\(tensor<8x64xf32>\) -> tensor<64xf32>(.*?tt\.store)", ir, re.S)
+    assert ".barrier" in after_the_sum
+
+
 @pytest.mark.parametrize("name", [name for name, op in _library.OPS.items() if op.gpu_kernels])
 def test_is_registered_for_cuda_tensors(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fmkernels::{name}", "CUDA")

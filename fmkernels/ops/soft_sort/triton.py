@@ -152,7 +152,11 @@ def sort_rows_backward(
         )
         other = tl.gather(grad, tl.broadcast_to(partner[None, :], (R, N)), 1)
         difference = tl.load(p_tape + i_layer * (R * N) + o_tile)
-        tl.store(p_layer + 4 * size, grad_keep + tl.sum((grad - other) * difference, axis=0))
+        grad_keep += tl.sum((grad - other) * difference, axis=0)
+        # Several warps may hold the same wire, and one that stores be ahead of one that has yet to
+        # load. Whether the sum makes them wait depends on the tile and the number of warps.
+        tl.debug_barrier()
+        tl.store(p_layer + 4 * size, grad_keep)
         grad = keep[None, :] * grad + swap[None, :] * other
 
 
