@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 pytest.importorskip("triton")  # for its cuobjdump
 
 from budgets import BLOCKS, BUDGETS, SHARED, violations
-from resource_usage import resource_usage
+from resource_usage import CUOBJDUMP, resource_usage
 
 from fmkernels.ops.soft_sort.config import MAX_CUDA_SIZE, RESERVED_BYTES
 from fmkernels.ops.soft_sort.networks import NETWORKS, sorts
+from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
+ROOT = Path(__file__).parents[2]
 KERNELS = {name for name in BUDGETS if name.endswith("_cuda")}
 
 BREAKS_IT = """
@@ -77,6 +80,22 @@ def test_within_budget(kernels):
     assert found == []
 
 
+def test_the_shift_of_a_comparator_is_a_product_of_its_own(kernels):
+    """``mul.rn`` is never fused with an addition; what is only ``mul`` may be."""
+    command = [CUOBJDUMP, "--dump-ptx", library()]
+    ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    entries = ptx.split(".entry ")[1:]
+    assert {name for name in KERNELS for entry in entries if name in entry} == KERNELS
+    for entry in entries:
+        assert entry.count("mul.rn.f32") >= len(DISTRIBUTIONS)
+
+
+def test_a_launch_reports_its_own_error():
+    """The last error may be that of a call before it."""
+    for source in (ROOT / "csrc" / "cuda").iterdir():
+        assert not {"<<<", "cudaGetLastError"} & set(re.findall(r"<<<|\w+", source.read_text()))
+
+
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize("kernel", BLOCKS)
 def test_shared_memory_of_a_launch(cuda, kernel, architecture):
@@ -113,7 +132,7 @@ def largest(cuda, architecture, network):
 
 
 def test_the_documented_limits_are_those_of_the_blocks(cuda):
-    documented = (Path(__file__).parents[2] / "docs" / "backends.md").read_text()
+    documented = (ROOT / "docs" / "backends.md").read_text()
     for name, architecture in GPUS.items():
         sizes = (str(largest(cuda, architecture, network)) for network in NETWORKS)
         kilobytes = SHARED[architecture].of_a_block // 1024
