@@ -61,7 +61,7 @@ def _why_no_triton() -> str | None:
 
 
 def _why_no_cuda() -> str | None:
-    """Looks for the CUDA library, which is loaded when one of its kernels is first called."""
+    """Looks for the CUDA library without loading it, which takes a GPU: see ``cuda_error``."""
     if native is None:
         return native_error
     if importlib.util.find_spec("fmkernels._cuda") is None:
