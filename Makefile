@@ -68,8 +68,9 @@ bench: $(SETUP) ## measure, write benchmarks/results and the README's tables
 	$(BIN)/python -m fmkernels bench --save
 	$(BIN)/python benchmarks/report.py
 
-readme: $(SETUP) ## the README's tables and plots from benchmarks/results
+readme: $(SETUP) ## the README's tables and plots from benchmarks/results, the counts of docs/kernels
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/counts.py
 
 gpu-wheels: wheel ## dist/ with all that `make gpu` needs on a machine without a network
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist diffsort==0.2.0
@@ -93,7 +94,7 @@ gpu-dry-run: wheel ## the same without a GPU: everything but the numbers
 
 gpu-accept: $(SETUP) ## make the results of a GPU in OUT those of the project, README and docs included
 	cd benchmarks && "$(abspath $(BIN)/python)" -m gpu.accept "$(abspath $(OUT))"
-	$(BIN)/python benchmarks/report.py
+	@$(MAKE) --no-print-directory readme
 
 clean: ## remove what was built, and .venv
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info fmkernels/*.abi3.so fmkernels/_build_info.py

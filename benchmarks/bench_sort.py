@@ -5,6 +5,7 @@ Every time is of a gradient that was checked just before (``parity.check``).
 
 import functools
 import subprocess
+from pathlib import Path
 
 import measure
 import parity
@@ -22,6 +23,10 @@ from fmkernels.ops.soft_sort import DISTRIBUTIONS
 
 LIMIT_S = 600
 """For a peer to be compiled and measured."""
+
+TORCHSORT = Path(__file__).parent.parent / ".peers" / "torchsort"
+"""Apart from ``.venv``, and not always there: it is compiled when it is installed, in minutes, and
+not at all where there is a CUDA compiler but a PyTorch without CUDA."""
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -50,10 +55,13 @@ def test_speed_beside_compiled_diffsort(name, record):
     record(name, "diffsort-compiled", **facts)
 
 
+@pytest.mark.skipif(
+    not TORCHSORT.exists(),
+    reason="needs pip install --no-deps --no-build-isolation --target .peers/torchsort torchsort",
+)
 def test_speed_beside_torchsort(record):
-    pytest.importorskip("torchsort")
     name = "soft-sort-values"
-    record(name, "torchsort", **beside(name, "torchsort", yardstick="diffsort"))
+    record(name, "torchsort", **in_a_process(name, "torchsort", PYTHONPATH=str(TORCHSORT)))
 
 
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if name not in TOO_LARGE])

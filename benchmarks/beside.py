@@ -13,11 +13,14 @@ import parity
 import torch
 from workloads import WORKLOADS
 
+YARDSTICKS = {"torchsort": "diffsort"}
+"""Who judges our result beside a peer that computes something else."""
 
-def beside(name: str, peer: str, yardstick: str | None = None) -> dict[str, Any]:
-    """Parity, then the ratio. ``yardstick`` judges where the peer computes something else."""
+
+def beside(name: str, peer: str) -> dict[str, Any]:
+    """Parity, then the ratio."""
     workload = WORKLOADS[name]
-    found = parity.check(workload, yardstick or peer)
+    found = parity.check(workload, YARDSTICKS.get(peer, peer))
     ratio = measure.ratio(**{peer: workload.step(peer), "fmkernels": workload.step("fmkernels")})
     return ratio | found
 

@@ -2,17 +2,11 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import measure
 import torch
 
-
-def status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{field} is not in /proc/self/status")
+from fmkernels._memory import peak_extra_bytes
 
 
 def main() -> None:
@@ -20,11 +14,7 @@ def main() -> None:
     torch.set_num_threads(measure.THREADS)
     workload = importlib.import_module(module).WORKLOADS[name]
     workload.tiny().step(provider)()  # import and initialise everything
-    step = workload.step(provider)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = status("VmRSS")
-    step()
-    print(max(0, status("VmHWM") - before))
+    print(peak_extra_bytes(workload.step(provider)))
 
 
 main()

@@ -4,6 +4,9 @@ Functions on tensors live here; what the papers call things (modules, losses, ex
 ``fmkernels.api``. ``python -m fmkernels info`` says what this installation can do.
 """
 
+import importlib
+from typing import Any
+
 from fmkernels import testing
 from fmkernels._library import backend
 from fmkernels._version import __version__
@@ -19,3 +22,10 @@ __all__ = [
     "soft_sort_cross_entropy",
     "testing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``fmkernels.api`` without an import of its own; it is loaded when it is first used."""
+    if name == "api":
+        return importlib.import_module("fmkernels.api")
+    raise AttributeError(f"module 'fmkernels' has no attribute {name!r}")

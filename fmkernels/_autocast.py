@@ -1,4 +1,4 @@
-"""Where half precision would change the result."""
+"""Where lower precision than float32 would change the result."""
 
 from __future__ import annotations
 
@@ -19,3 +19,21 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     if tensor.is_meta:
         return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """In which dtype a product of the tensor, and its backward pass, keeps float32's precision.
+
+    ``torch.set_float32_matmul_precision("high")`` makes products of float32 round their factors to
+    10 bits (TF32) or 7 (bfloat16); those of float64 do not.
+    """
+    rounded = tensor.dtype == torch.float32 and _rounds_factors(tensor.device.type)
+    return torch.float64 if rounded else tensor.dtype
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _rounds_factors(device: str) -> bool:
+    """Compiled code has its own guard on the setting."""
+    if device == "cuda":
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return device == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -10,24 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = torch.finfo(torch.float32).max
+
 _PASSED: dict[tuple[Any, ...], Any] = {}
 
 
-def once(check: Callable[..., Any], a: Any, b: Any, settings: tuple[Any, ...]) -> Any:
-    """``check(a, b, *settings)``, remembered for tensors of the same shapes, dtypes and devices.
+def once(check: Callable[..., Any], settings: tuple[Any, ...], a: Any, *others: Any) -> Any:
+    """``check(a, *others, *settings)``, remembered for the same shapes, dtypes and devices.
 
     A training loop calls with the same ones again and again, and to look at them takes longer than
     to sort a short row.
     """
     try:
-        key = (check, a.shape, b.shape, a.dtype, b.dtype, a.device, b.device, settings)
+        key: tuple[Any, ...] = (check, settings, a.shape, a.dtype, a.device)
+        for b in others:
+            key += (b.shape, b.dtype, b.device)
         if (passed := _PASSED.get(key)) is not None:
             return passed
     except (AttributeError, TypeError):  # no tensor, or unhashable: the check has the words
-        return check(a, b, *settings)
+        return check(a, *others, *settings)
     if len(_PASSED) >= 1024:
         _PASSED.clear()
-    _PASSED[key] = passed = check(a, b, *settings)
+    _PASSED[key] = passed = check(a, *others, *settings)
     return passed
 
 
@@ -35,7 +38,7 @@ def floating_tensor(op: str, argument: str, value: Any) -> None:
     """A dense tensor of a real floating dtype with at least one dimension and one column."""
     if isinstance(value, Tensor) and value.dtype.is_floating_point:
         shape = value.shape
-        if shape and shape[-1] >= 1:
+        if shape and shape[-1] >= 1 and value.layout is torch.strided:
             return
     _refuse_tensor(op, argument, value)
 
@@ -48,10 +51,15 @@ def _refuse_tensor(op: str, argument: str, value: Any) -> None:
             f"{op}: {argument}: expected a floating-point dtype, got {value.dtype}; "
             f"convert it with {argument}.float()"
         )
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{op}: {argument}: expected a dense tensor, got {value.layout}; "
+            f"convert it with {argument}.to_dense()"
+        )
     if value.ndim == 0:
         raise ValueError(f"{op}: {argument}: expected at least one dimension (…, n), got a scalar")
     raise ValueError(
-        f"{op}: {argument}: expected at least 1 value per row, got shape {shape(value)}"
+        f"{op}: {argument}: expected a last dimension of at least 1, got shape {shape(value)}"
     )
 
 
@@ -82,10 +90,10 @@ def same_device(op: str, argument: str, value: Tensor, other: str, reference: Te
 
 
 def non_negative(op: str, argument: str, value: Any) -> None:
-    """A finite number that is zero or larger."""
+    """A number that is zero or larger and finite in float32."""
     if not isinstance(value, (float, int, Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {argument}: expected a number, got {type(value).__name__}")
-    if not 0.0 <= value < math.inf:  # type: ignore[operator]
+    if not 0.0 <= value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{op}: {argument}: expected a finite number >= 0, got {value}")
 
 

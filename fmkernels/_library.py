@@ -199,8 +199,8 @@ class Op:
             fake: shapes and dtypes of the outputs, for ``torch.compile`` and the meta device.
             setup_context: what to keep for backward, as in ``torch.autograd.Function``; trailing
                 inputs that have the schema's defaults may be missing.
-            backward: the gradient of the first input, the only one that has one. Both or neither;
-                it must not be differentiated again.
+            backward: ``backward(ctx, on_reference, *grads)``, the gradient of the first input, the
+                only one that has one. Both or neither; it must not be differentiated again.
             only_first: calling gives the first output alone; backward needs the others.
             limits: why the compiled kernels hand these arguments to the reference, or None.
             gpu: the kernels for CUDA tensors: the first that takes the arguments runs, and if none
@@ -246,31 +246,29 @@ class Op:
         setup_context: Callable[..., None],
         backward: Callable[..., Any],
     ) -> _Autograd:
-        only_first, forced = self.only_first, overload is self._reference.overload
-
-        def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.on_reference = forced
-            setup_context(ctx, inputs, output)
+        only_first, on_reference = self.only_first, overload is self._reference.overload
 
         def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
             none = (None,) * (len(ctx.needs_input_grad) - 1)  # one more would cost 5 µs
             if not torch.is_grad_enabled():
-                return backward(ctx, *grads), *none
+                return backward(ctx, on_reference, *grads), *none
             with torch.no_grad():
-                grad = backward(ctx, *grads)
+                grad = backward(ctx, on_reference, *grads)
             if grad is not None:
                 grad = _Once.apply(self.name, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
             return grad, *none
 
         # This is what torch.compile sees. In eager mode an autograd.Function does the same at a
         # quarter of the host time.
-        torch.library.register_autograd(overload, backward_once, setup_context=keep, lib=LIBRARY)
+        torch.library.register_autograd(
+            overload, backward_once, setup_context=setup_context, lib=LIBRARY
+        )
 
         class Eager(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
                 output = _below_autograd(overload, args)
-                keep(ctx, args, output)
+                setup_context(ctx, args, output)
                 return output[0] if only_first else output
 
         # torch.func wants forward and setup_context apart, and asks for a vmap rule.
@@ -281,7 +279,7 @@ class Op:
 
             vmap = staticmethod(_refuse_vmap(self.name))
 
-        Functional.setup_context = staticmethod(keep)  # type: ignore[method-assign]
+        Functional.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
         for function in (Eager, Functional):
             function.backward = staticmethod(backward_once)  # type: ignore[method-assign]
             function.__name__ = function.__qualname__ = self.name
@@ -307,7 +305,7 @@ class Op:
 
     def run(self, on_reference: bool, *args: Any) -> Any:
         """Run the op below autograd, on the reference or on the fastest that can run."""
-        return (self._reference if on_reference else self._main).overload(*args)
+        return (self._reference if on_reference else self._main).overload._op(*args)
 
     def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
         for arg in args:

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import fmkernels
 
+NONE_COLLECTED = 5
+"""What pytest exits with."""
+
 BENCHMARKS = Path(fmkernels.__file__).resolve().parent.parent / "benchmarks"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fmkernels", description=fmkernels.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fmkernels", description=fmkernels.__doc__.split(".")[0].replace("*", "")
+    )
     parser.add_argument("--version", action="version", version=fmkernels.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info|demo|bench")
 
@@ -29,7 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="NeCo's loss on photographs, and parity, speed and memory beside diffsort"
     )
-    demo.add_argument("--picture", type=Path, default=Path("neco_demo.png"), help="where it goes")
+    demo.add_argument(
+        "--picture",
+        type=Path,
+        default=Path("neco_demo.png"),
+        help="the PNG file that it draws (default: neco_demo.png, here)",
+    )
     demo.add_argument("--steps", type=int, default=150, help="gradient steps (default: 150)")
     demo.add_argument("--no-picture", action="store_true", help="numbers only")
 
@@ -37,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="the benchmarks of a source checkout, each beside the package it replaces"
     )
     bench.add_argument("filter", nargs="?", default="", help="only benchmarks whose name has this")
-    bench.add_argument("--list", action="store_true", help="only name the benchmarks")
+    bench.add_argument("--list", action="store_true", help="only name them, as pytest does")
     bench.add_argument("--save", action="store_true", help="write benchmarks/results/*.json")
     return parser
 
@@ -66,6 +76,13 @@ def _demo(options: argparse.Namespace) -> int:
     if options.steps < 1:
         print(f"demo: --steps: expected at least 1, got {options.steps}", file=sys.stderr)
         return 2
+    if options.picture.suffix != ".png" or not options.picture.parent.is_dir():
+        print(
+            "demo: --picture: expected a .png file in a folder that exists, "
+            f"got {str(options.picture)!r}",
+            file=sys.stderr,
+        )
+        return 2
     return run(picture=None if options.no_picture else options.picture, steps=options.steps)
 
 
@@ -85,4 +102,7 @@ def _bench(options: argparse.Namespace) -> int:
         command += ["--collect-only"]
     if options.save:
         command += ["--save-results"]
-    return 1 if subprocess.run(command, check=False).returncode else 0
+    code = subprocess.run(command, check=False).returncode
+    if code == NONE_COLLECTED:
+        print(f"bench: no benchmark's name has {options.filter!r}; see --list", file=sys.stderr)
+    return 1 if code else 0

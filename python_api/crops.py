@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _is_size(size: Any) -> bool:
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        return False
+    return height >= 1 and width >= 1
 
 
 def intersection_boxes(
@@ -30,6 +40,7 @@ def intersection_boxes(
         in patches of v.
 
     Raises:
+        TypeError: ``crops`` is no tensor of real numbers.
         ValueError: shapes that do not fit, an empty crop, or two crops that do not intersect.
 
     Source:
@@ -46,6 +57,9 @@ def intersection_boxes(
         [0.0, 0.0, 7.0, 7.0]
     """
     op = "intersection_boxes"
+    if not isinstance(crops, Tensor) or crops.is_complex():
+        got = crops.dtype if isinstance(crops, Tensor) else type(crops).__name__
+        raise TypeError(f"{op}: crops: expected a torch.Tensor of real numbers, got {got}")
     if crops.ndim != 3 or crops.shape[-1] != 4:
         raise ValueError(f"{op}: crops: expected shape (B, V, 4), got {tuple(crops.shape)}")
     if len(sizes) != crops.shape[1]:
@@ -58,10 +72,21 @@ def intersection_boxes(
             f"{op}: num_globals: expected 1 to {crops.shape[1]}, the number of crops, "
             f"got {num_globals}"
         )
+    for index, crop_size in enumerate(sizes):
+        if not _is_size(crop_size):
+            raise ValueError(
+                f"{op}: sizes[{index}]: expected (height, width) in patches, integers >= 1, "
+                f"got {crop_size!r}"
+            )
     if not crops.is_floating_point():
         crops = crops.to(torch.float64)
-    if not bool((crops[..., 2:] > crops[..., :2]).all()):
-        raise ValueError(f"{op}: crops: expected boxes with x1 < x2 and y1 < y2 in every image")
+    good = (crops[..., 2:] > crops[..., :2]).all(dim=-1) & crops.isfinite().all(dim=-1)
+    if not bool(good.all()):
+        image, v = (~good).nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: crops: expected finite (x1, y1, x2, y2) with x1 < x2 and y1 < y2, "
+            f"got {crops[image, v].tolist()} for crop {v} of image {image}"
+        )
     corner = torch.maximum(crops[:, :num_globals, None, :2], crops[:, None, :, :2])
     opposite = torch.minimum(crops[:, :num_globals, None, 2:], crops[:, None, :, 2:])
     if not bool((opposite > corner).all()):

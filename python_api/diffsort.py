@@ -8,16 +8,16 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from fmkernels import soft_sort
-from fmkernels.ops.soft_sort import check_settings, check_sorts
+from fmkernels import _checks, soft_sort
+from fmkernels.ops.soft_sort import DISTRIBUTIONS, NETWORKS, check_settings, check_sorts
 
 
 class DiffSortNet(nn.Module):
     """A differentiable sorting network with the interface of ``diffsort.DiffSortNet``.
 
-    The same constructor, results and (empty) ``state_dict``. One documented difference: it refuses
-    the sizes at which diffsort's bitonic wiring does not sort (22, 38, 42, …). The module has no
-    tensors, so it works on whatever device its input is on.
+    The same constructor, results and (empty) ``state_dict``. Two documented differences: it refuses
+    the sizes at which diffsort's bitonic wiring does not sort (22, 38, 42, …) and an ``art_lambda``
+    above 1. The module has no tensors, so it works on whatever device its input is on.
 
     Args:
         sorting_network_type: ``"bitonic"`` or ``"odd_even"``; also ``"reflected_bitonic"`` and
@@ -53,6 +53,7 @@ class DiffSortNet(nn.Module):
     ) -> None:
         super().__init__()
         if interpolation_type is not None:
+            _checks.choice("DiffSortNet", "interpolation_type", interpolation_type, DISTRIBUTIONS)
             if distribution not in (None, "cauchy", interpolation_type):
                 raise ValueError(
                     f"DiffSortNet: interpolation_type: expected the same as distribution, "
@@ -65,6 +66,7 @@ class DiffSortNet(nn.Module):
         self.art_lambda = art_lambda
         self.distribution = distribution
         op = "DiffSortNet"  # refuse bad settings here and now
+        _checks.choice(op, "sorting_network_type", sorting_network_type, NETWORKS)
         check_settings(op, steepness, sorting_network_type, distribution, art_lambda)
         check_sorts(op, sorting_network_type, self.size)
 
@@ -92,6 +94,7 @@ class DiffSortNet(nn.Module):
 
         ``permutation[b, i, j]`` is the weight of input i in slot j, as in diffsort.
         """
+        _checks.floating_tensor("DiffSortNet", "vectors", vectors)
         if vectors.ndim != 2 or vectors.shape[1] != self.size:
             raise ValueError(
                 f"DiffSortNet: vectors: expected shape (batch, {self.size}), "

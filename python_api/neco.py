@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +52,8 @@ class NeCoLoss(nn.Module):
         ValueError: a setting that does not fit, at construction.
 
     Numerics:
-        Computed in float32 (float64 for float64 maps) also under autocast. The teacher and the
-        references are never in the graph.
+        Computed in float32 (float64 for float64 maps) also under autocast and where products of
+        float32 would be rounded (TF32). The teacher and the references are never in the graph.
 
     Source:
         Pariza et al., *NeCo*, ICLR 2025, and its released code. Different from the code: the
@@ -85,8 +87,8 @@ class NeCoLoss(nn.Module):
         num_globals: int = 2,
     ) -> None:
         super().__init__()
-        for name, value in (("grid_size", grid_size), ("dim", dim), ("num_globals", num_globals)):
-            _positive(name, value)
+        grid_size = _positive("grid_size", grid_size)
+        dim, num_globals = _positive("dim", dim), _positive("num_globals", num_globals)
         _checks.choice("NeCoLoss", "metric", metric, METRICS)
         check_settings("NeCoLoss", steepness, network, distribution, art_lambda)
         if teacher_steepness is not None:
@@ -102,7 +104,7 @@ class NeCoLoss(nn.Module):
         self.art_lambda = art_lambda
         self.queue = None
         if queue_size is not None:
-            _positive("queue_size", queue_size)
+            queue_size = _positive("queue_size", queue_size, ", or None for no queue")
             self.queue = ReferenceQueue(queue_size, dim, num_globals)
 
     def forward(
@@ -122,12 +124,14 @@ class NeCoLoss(nn.Module):
             teacher_maps: of the global crops, G maps (B, D, H_g, W_g).
             boxes: the shared part of crops g and v, as :func:`fmkernels.api.intersection_boxes`
                 gives it: in patches of g, (B, G, V, 4), and in patches of v, (B, V, G, 4). Those
-                of a crop with itself are not looked at.
-            mask: (B, G, H_g, W_g), foreground of the global crops, bool or 0 and 1. Patches that
-                are not wholly in it count neither in the loss nor as references. A pair without
-                foreground contributes 0.
-            references: (G·(V − 1), B, R, D) to be used instead of drawing them, in the order of
-                the pairs: g first, then v.
+                of a crop with itself are not looked at. Left on the CPU, they are checked
+                without waiting for a GPU.
+            mask: (B, G, H_g, W_g), foreground of the global crops: bool, an integer that is not 0,
+                or the share of the patch that is in it, 0 to 1. Patches that are not wholly in it
+                count neither in the loss nor as references. A pair without foreground
+                contributes 0.
+            references: (G·(V − 1), B, grid_size², D) to be used instead of drawing them, in the
+                order of the pairs (g, v): (0, 1), (0, 2), …, (1, 0), (1, 2), ….
 
         Returns:
             A scalar.
@@ -135,10 +139,15 @@ class NeCoLoss(nn.Module):
         Raises:
             TypeError: a tensor is not floating-point.
             ValueError: shapes, boxes or the queue do not fit; the message names the argument.
+            RuntimeError: boxes that do not fit under ``torch.compile``, whose message cannot say
+                which; and a queue that would be drawn from a second time for one step, by
+                activation checkpointing.
         """
         dtype = self._check(student_maps, teacher_maps, boxes, mask)
         if references is not None:
             self._check_references(references, student_maps)
+        elif self.queue is not None:
+            self._check_queue(student_maps[0])
         device = student_maps[0].device
         with without_autocast(student_maps[0]):
             student_maps = [tokens.to(dtype) for tokens in student_maps]
@@ -150,7 +159,8 @@ class NeCoLoss(nn.Module):
                 teacher = self._align(teacher_maps, in_global)  # (pairs, B, N, D)
                 foreground = None
                 if mask is not None:
-                    masks = mask.to(dtype).unsqueeze(2).unbind(dim=1)  # G of (B, 1, H, W)
+                    shares = mask if mask.is_floating_point() else mask.bool()
+                    masks = shares.to(dtype).clamp(0, 1).unsqueeze(2).unbind(dim=1)  # (B, 1, H, W)
                     foreground = self._align(masks, in_global).squeeze(-1) >= FOREGROUND
                 if references is None:
                     references = self._draw(teacher, foreground)
@@ -174,8 +184,7 @@ class NeCoLoss(nn.Module):
         """G maps (B, D, H, W), (B, G, V, 4) -> (pairs, B, N, D): what g shows of every other v."""
         aligned = []
         for g, tokens in enumerate(maps):
-            others = [v for v in range(in_global.shape[2]) if v != g]
-            aligned.append(roi_align(tokens, in_global[:, g, others], self.grid_size))
+            aligned.append(roi_align(tokens, without(in_global[:, g], g), self.grid_size))
         return torch.cat(aligned, dim=1).transpose(0, 1)
 
     def _align_student(self, maps: Sequence[Tensor], in_other: Tensor) -> Tensor:
@@ -184,7 +193,7 @@ class NeCoLoss(nn.Module):
         for v, tokens in enumerate(maps):
             globals_ = [g for g in range(self.num_globals) if g != v]
             if globals_:
-                aligned = roi_align(tokens, in_other[:, v, globals_], self.grid_size)
+                aligned = roi_align(tokens, without(in_other[:, v], v), self.grid_size)
                 parts |= {(g, v): aligned[:, k] for k, g in enumerate(globals_)}
         return torch.stack([parts[pair] for pair in sorted(parts)])
 
@@ -222,10 +231,17 @@ class NeCoLoss(nn.Module):
     ) -> torch.dtype:
         """Refuse what does not fit; returns the dtype of the arithmetic."""
         crops, globals_ = len(student_maps), self.num_globals
+        for name, maps in (("student_maps", student_maps), ("teacher_maps", teacher_maps)):
+            if isinstance(maps, Tensor):
+                raise TypeError(
+                    f"NeCoLoss: {name}: expected a list with a map (B, D, H, W) of every crop, "
+                    f"got one tensor of shape {tuple(maps.shape)}"
+                )
         if len(teacher_maps) != globals_:
+            hint = "; are student and teacher swapped?" if crops == globals_ else ""
             raise ValueError(
                 f"NeCoLoss: teacher_maps: expected one map per global crop, {globals_}, "
-                f"got {len(teacher_maps)}"
+                f"got {len(teacher_maps)}{hint}"
             )
         if crops < max(globals_, 2):
             raise ValueError(
@@ -246,16 +262,20 @@ class NeCoLoss(nn.Module):
                         f"got {tuple(tokens.shape)}"
                     )
                 dtype = torch.promote_types(dtype, tokens.dtype)
-        self._check_queue(first)
         self._check_boxes(boxes, student_maps, teacher_maps)
         if mask is not None:
             _check_mask(mask, teacher_maps)
         return dtype
 
     def _check_queue(self, tokens: Tensor) -> None:
-        if self.queue is None:
-            return
+        assert self.queue is not None
         batch, dim = tokens.shape[:2]
+        if not is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "NeCoLoss: queue: expected one forward pass per step, got another inside of "
+                "backward (activation checkpointing?), which would draw other references; "
+                "checkpoint the backbone, not the loss, or pass references"
+            )
         if dim != self.queue.patches.shape[2]:
             raise ValueError(
                 f"NeCoLoss: student_maps: expected maps of the queue's width "
@@ -295,10 +315,11 @@ class NeCoLoss(nn.Module):
             _checks.floating_tensor("NeCoLoss", argument, box)
             if tuple(box.shape) != shape:
                 raise ValueError(
-                    f"NeCoLoss: {argument}: expected shape {shape}, got {tuple(box.shape)}"
+                    f"NeCoLoss: {argument}: expected shape {shape} for {crops} crops in "
+                    f"student_maps, {globals_} in teacher_maps and {batch} images, "
+                    f"got {tuple(box.shape)}"
                 )
-            if not is_compiling():
-                _check_inside(argument, box, maps)
+            _check_inside(argument, box, maps)
 
     def _check_references(self, references: Tensor, student_maps: Sequence[Tensor]) -> None:
         first = student_maps[0]
@@ -320,9 +341,19 @@ class NeCoLoss(nn.Module):
         )
 
 
-def _positive(argument: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"NeCoLoss: {argument}: expected an integer >= 1, got {value!r}")
+def _positive(argument: str, value: SupportsIndex, or_none: str = "") -> int:
+    try:
+        checked = operator.index(value)
+    except TypeError:
+        checked = 0
+    if checked < 1:
+        raise ValueError(f"NeCoLoss: {argument}: expected an integer >= 1{or_none}, got {value!r}")
+    return checked
+
+
+def without(boxes: Tensor, index: int) -> Tensor:
+    """(B, K, 4) without one of the K; slices, because a list would be copied to the device."""
+    return torch.cat([boxes[:, :index], boxes[:, index + 1 :]], dim=1)
 
 
 def _check_inside(argument: str, boxes: Tensor, maps: Sequence[Tensor]) -> None:
@@ -335,13 +366,17 @@ def _check_inside(argument: str, boxes: Tensor, maps: Sequence[Tensor]) -> None:
     crops = torch.arange(boxes.shape[1], device=boxes.device)[:, None]
     others = torch.arange(boxes.shape[2], device=boxes.device)
     good |= crops == others
-    if not bool(good.all()):
+    if is_compiling():  # the graph cannot stop for a message
+        torch._assert_async(
+            good.all(), f"NeCoLoss: {argument}: expected boxes within the map of their crop"
+        )
+    elif not bool(good.all()):
         image, crop, other = (~good).nonzero()[0].tolist()
         height, width = maps[crop].shape[2:]
         raise ValueError(
             f"NeCoLoss: {argument}: expected boxes x1 < x2, y1 < y2 within the {height} x {width} "
-            f"patches of the map, got {boxes[image, crop, other].tolist()} for image {image}, "
-            f"crops {crop} and {other}"
+            f"patches of crop {crop}'s map, got {boxes[image, crop, other].tolist()} for image "
+            f"{image}, crops {crop} and {other}; intersection_boxes takes the maps' sizes"
         )
 
 
@@ -353,6 +388,8 @@ def _check_mask(mask: Tensor, teacher_maps: Sequence[Tensor]) -> None:
     if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"NeCoLoss: mask: expected shape (B, G, H, W) = {expected}, got {got}")
+    if mask.is_complex():
+        raise TypeError(f"NeCoLoss: mask: expected bool or real numbers, got {mask.dtype}")
     _checks.same_device("NeCoLoss", "mask", mask, "student_maps[0]", first)
 
 
@@ -365,7 +402,8 @@ def _weights(foreground: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _shuffled(patches: Tensor, foreground: Tensor | None) -> Tensor:
     """A random order of the patches (M, D); of the foreground alone, repeated, if it is given."""
-    order = torch.randperm(len(patches), device=patches.device)
+    # not randperm: inductor of torch 2.13 fails to compile what it indexes (pytorch issue 158457)
+    order = torch.rand(len(patches), device=patches.device).argsort()
     if foreground is None:
         return order
     inside = foreground.flatten()

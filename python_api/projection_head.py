@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ class ProjectionHead(nn.Sequential):
         num_layers: linear layers in all, at least 1.
 
     Raises:
-        ValueError: fewer than one layer.
+        ValueError: a width or a number of layers below 1; tokens of another width.
 
     Source:
         Pariza et al., *NeCo*, ICLR 2025. The names of the parameters and their first values
@@ -37,16 +38,28 @@ class ProjectionHead(nn.Sequential):
     def __init__(
         self, in_dim: int, hidden_dim: int = 2048, out_dim: int = 256, num_layers: int = 3
     ) -> None:
-        if num_layers < 1:
-            raise ValueError(f"ProjectionHead: num_layers: expected at least 1, got {num_layers}")
+        widths_given = {"in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim}
+        for name, value in (widths_given | {"num_layers": num_layers}).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"ProjectionHead: {name}: expected an integer >= 1, got {value!r}")
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
         layers: list[nn.Module] = []
         for width, next_width in itertools.pairwise(widths):
             layers += [nn.Linear(width, next_width), nn.GELU()]
         super().__init__(*layers[:-1])
+        self.in_dim = in_dim
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """A layer, or some of them as a plain ``nn.Sequential``."""
+        return nn.Sequential(*self)[index]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(…, in_dim) -> (…, out_dim), of length 1."""
+        if tokens.shape[-1] != self.in_dim:
+            raise ValueError(
+                f"ProjectionHead: tokens: expected shape (…, {self.in_dim}), "
+                f"got {tuple(tokens.shape)}; of maps (B, D, H, W) take tokens.flatten(2).mT"
+            )
         for layer in self:
             tokens = layer(tokens)
         return F.normalize(tokens, dim=-1)

@@ -70,11 +70,17 @@ class ReferenceQueue(nn.Module):
         Raises:
             ValueError: it was saved by a queue of another shape.
         """
+        if not isinstance(state, dict) or not {"patches", "written"} <= state.keys():
+            raise ValueError(
+                "ReferenceQueue: state_dict: expected the patches and how many were written, got "
+                f"{sorted(state) if isinstance(state, dict) else type(state).__name__}"
+            )
         shape = tuple(state["patches"].shape)
         if shape != tuple(self.patches.shape):
             raise ValueError(
                 f"ReferenceQueue: state_dict: expected patches of shape "
-                f"{tuple(self.patches.shape)} (crops, queue_size, dim), got {shape}"
+                f"{tuple(self.patches.shape)} (crops, queue_size, dim), got {shape}; to begin with "
+                "an empty queue, delete the key that ends in '_extra_state'"
             )
         self.patches.copy_(state["patches"])
         self.written.copy_(state["written"])

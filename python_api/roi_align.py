@@ -4,12 +4,15 @@ A bin's value is the mean of the map at a regular grid of points, each interpola
 Bilinear weights are products of a weight along y and one along x, and so is their mean over the
 grid; the bins of a box are therefore ``rows @ map @ columns.T`` with two small matrices. No
 gather, no atomic addition: the gradient is deterministic, and torch.compile sees plain products.
+For the same reason a NaN or an infinity anywhere in a map reaches all of its boxes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fmkernels._autocast import product_dtype
 
 
 def roi_align(maps: Tensor, boxes: Tensor, grid_size: int) -> Tensor:
@@ -32,8 +35,10 @@ def roi_align(maps: Tensor, boxes: Tensor, grid_size: int) -> Tensor:
     x1, y1, x2, y2 = boxes.to(maps.dtype).unbind(dim=-1)
     rows = _bin_weights(y1, y2, height, grid_size)  # (B, K, P, H)
     columns = _bin_weights(x1, x2, width, grid_size)  # (B, K, Q, W)
-    narrow = torch.einsum("bdhw,bkqw->bkhqd", maps, columns)
-    return torch.einsum("bkph,bkhqd->bkpqd", rows, narrow).flatten(2, 3)
+    wide = product_dtype(maps)
+    narrow = torch.einsum("bdhw,bkqw->bkhqd", maps.to(wide), columns.to(wide))
+    bins = torch.einsum("bkph,bkhqd->bkpqd", rows.to(wide), narrow)
+    return bins.flatten(2, 3).to(maps.dtype)
 
 
 def _bin_weights(start: Tensor, stop: Tensor, length: int, bins: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 
-from fmkernels import _library, demo
+from fmkernels import _library, cli, demo
 from fmkernels.demo import comparison, photographs, training
 
 has_photographs = pytest.mark.skipif(not photographs.load(), reason="needs the extra demo")
@@ -44,7 +44,7 @@ def test_trains_draws_and_compares(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("diffsort")
     monkeypatch.setattr(comparison, "busy_cores", lambda: 1.5)
-    picture = tmp_path / "new" / "picture.png"
+    picture = tmp_path / "picture.png"
     assert demo.run(picture, steps=20) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     output = capsys.readouterr().out
@@ -112,3 +112,14 @@ def test_busy_cores():
 def test_peak_memory_of_a_fresh_process():
     peak = comparison.peak_bytes("fmkernels")
     assert peak is None or peak < (10e6 if _library.native else 500e6)
+
+
+@pytest.mark.parametrize("picture", ["picture.xyz", "no/such/folder/picture.png"])
+def test_a_picture_that_cannot_be_written_is_refused_before_the_training(picture, capsys):
+    assert cli.main(["demo", "--picture", picture]) == 2
+    assert "demo: --picture: expected a .png file in a folder that exists" in capsys.readouterr().err
+
+
+def test_a_filter_that_fits_no_benchmark_is_said(capfd):
+    assert cli.main(["bench", "nosuch"]) == 1
+    assert "bench: no benchmark's name has 'nosuch'; see --list" in capfd.readouterr().err

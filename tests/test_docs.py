@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from budgets import BUDGETS
 
 import fmkernels
 import fmkernels.api
@@ -76,6 +77,13 @@ def test_gpu_kernels_are_unverified_until_a_result_says_otherwise():
     for name, op in _library.OPS.items():
         for backend in op.gpu_kernels:
             assert dates.get(name, {}).get(backend, "unverified") in cells[name][backend]
+
+
+def test_the_kernels_pages_state_their_budgets():
+    for name, (registers, shared_bytes) in BUDGETS.items():
+        page = "cuda" if name.endswith("_cuda") else "triton"
+        row = f"| `{name}` | {registers} | {shared_bytes} | 0 |"
+        assert row in (DOCS / "kernels" / f"{page}.md").read_text()
 
 
 def test_every_page_is_reached_from_the_index():

@@ -16,6 +16,8 @@ def render(folder: Path, outcomes: dict[str, str]) -> str:
         content = json.loads(path.read_text()) if path.exists() else {"results": {}}
         lines.append(f"{name:<12}{outcome}, {content.get('seconds', 0):.0f} s")
         lines += [f"  {line}" for line in LINES[name](content["results"])]
+        if content.get("dry_run"):
+            lines.append("  (a dry run: the times are those of an interpreter)")
     return "\n" + "\n".join(lines)
 
 

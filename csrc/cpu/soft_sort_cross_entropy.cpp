@@ -60,11 +60,11 @@ Tensor run(
   return result;
 }
 
-// Any dtype and strides; the gradient is in the dtype of the arithmetic.
+// Any dtype and strides; loss and gradient are in the dtype of the arithmetic.
 std::tuple<Tensor, std::optional<Tensor>> cross_entropy(
     const Tensor& student, const Tensor& teacher, std::optional<Tensor> mask,
     const Settings& settings, bool with_grad) {
-  const ScalarType type = student.scalar_type(), arithmetic = compute_type(type);
+  const ScalarType arithmetic = compute_type(student.scalar_type());
   const Tensor x = dense(student, arithmetic), y = dense(teacher, arithmetic);
   check_count("teacher", y, x.numel());
   if (mask) {
@@ -77,8 +77,8 @@ std::tuple<Tensor, std::optional<Tensor>> cross_entropy(
     if (with_grad) grad = empty<T>(shape_of(x));
     return run<T>(x, y, mask, settings, grad ? &*grad : nullptr);
   };
-  const Tensor loss = type == ScalarType::Double ? run_in(0.0) : run_in(0.0f);
-  return {in_type(loss, type), grad};
+  const Tensor loss = arithmetic == ScalarType::Double ? run_in(0.0) : run_in(0.0f);
+  return {loss, grad};
 }
 
 std::tuple<Tensor, Tensor> soft_sort_cross_entropy(

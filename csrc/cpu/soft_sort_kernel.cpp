@@ -1,6 +1,6 @@
 // The CPU loops over queries, compiled once per instruction set: a group of queries fills the lanes
-// of a register, and everything a group needs stays in the thread's caches (about 140 KB at n = 49
-// with eight lanes).
+// of a register, and everything a group needs stays in the thread's caches; docs/kernels/cpu.md counts
+// it.
 #include "soft_sort_kernel.h"
 
 #include "fmkernels/soft_sort.h"

@@ -23,12 +23,6 @@ inline ScalarType compute_type(ScalarType type) {
   return type == ScalarType::Double ? type : ScalarType::Float;
 }
 
-// The same numbers, dense, in `type`; no copy where they already are.
-inline Tensor dense(const Tensor& tensor, ScalarType type) {
-  Tensor converted = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
-  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
-}
-
 // A result of compute_type(type), in `type`. A tensor is not asked for its own dtype where it is
 // known: that takes a dozen calls of the shim.
 inline Tensor in_type(const Tensor& result, ScalarType type) {
@@ -38,6 +32,11 @@ inline Tensor in_type(const Tensor& result, ScalarType type) {
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};
+}
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
 }
 
 // An uninitialised dense CPU tensor of float or double. The C shim allocates without a trip through
@@ -62,6 +61,39 @@ Tensor empty(const std::vector<int64_t>& shape) {
   return tensor;
 }
 
+// The elements of a tensor of any strides, in a row.
+template <class T>
+void gather(const Tensor& tensor, T* dense) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const T* source = data_of<const T>(tensor);
+  std::vector<int64_t> index(sizes.size());
+  for (int64_t left = tensor.numel(); left > 0; --left) {
+    *dense++ = *source;
+    for (size_t d = sizes.size(); d-- > 0;) {
+      source += strides[d];
+      if (++index[d] < sizes[d]) break;
+      source -= strides[d] * sizes[d];
+      index[d] = 0;
+    }
+  }
+}
+
+// The same numbers, dense, in `type`, float or double; no copy where they already are.
+inline Tensor dense(const Tensor& tensor, ScalarType type) {
+  const Tensor converted = tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  if (converted.is_contiguous()) return converted;
+  // such as the gradient of a sum, one number with strides of 0: to copy 16 elements takes 4,000
+  // instructions here and 10,000 through the dispatcher
+  if (converted.numel() > 256) return torch::stable::contiguous(converted);
+  const auto copy = [&](auto zero) {
+    using T = decltype(zero);
+    Tensor result = empty<T>(shape_of(converted));
+    gather(converted, data_of<T>(result));
+    return result;
+  };
+  return type == ScalarType::Double ? copy(0.0) : copy(0.0f);
+}
+
 // Calls fmkernels::<name>_reference, the op that has every shape and size, through the dispatcher.
 template <class Result, class... Args>
 Result call_reference(const char* name, const Args&... args) {
@@ -75,11 +107,6 @@ Result call_reference(const char* name, const Args&... args) {
   } else {
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
   }
-}
-
-template <class T>
-T* data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
 }
 
 }  // namespace fmkernels

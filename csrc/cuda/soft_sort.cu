@@ -1,7 +1,7 @@
 // soft_sort and its loss on NVIDIA GPUs: a block sorts one query at a time, all of it in its shared
 // memory; csrc/include/fmkernels/soft_sort_block.h is the algorithm.
 //
-// Counted for the loss at n = 49 (bitonic): docs/ops/soft_sort_cross_entropy.md.
+// docs/kernels/cuda.md counts what it moves and does.
 #define FMKERNELS_ISA cuda
 #include "soft_sort.h"
 

@@ -103,7 +103,6 @@ def _draw(path: Path, *contents: Any, console: Console) -> None:
         return
     from fmkernels.demo import picture
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     picture.draw(*contents).savefig(path, dpi=110)
     console.print(f"   picture: {path}\n")
 

@@ -1,5 +1,6 @@
 """Boxes of what two crops share."""
 
+import numpy as np
 import pytest
 import torch
 from crops import random_crops
@@ -42,8 +43,12 @@ def test_a_crop_shares_all_of_itself(dtype):
     [
         (lambda crops: crops[0], r"crops: expected shape \(B, V, 4\), got \(3, 4\)"),
         (lambda crops: crops[:, :2], r"sizes: expected one .* for each of the 2 crops, got 3"),
-        (lambda crops: crops.flip(-1), r"crops: expected boxes with x1 < x2"),
-        (lambda crops: crops * torch.nan, r"crops: expected boxes with x1 < x2"),
+        (lambda crops: crops.flip(-1), r"crops: expected finite .* x1 < x2 .*crop 0 of image 0"),
+        (lambda crops: crops * torch.nan, r"crops: expected finite .*nan"),
+        (
+            lambda crops: crops + torch.tensor([0.0, torch.inf, 0.0])[:, None],
+            r"crops: expected finite .*got \[inf, inf, inf, inf\] for crop 1 of image 0",
+        ),
         (
             lambda crops: crops + torch.tensor([0.0, 0.0, 500.0])[:, None],
             r"crops 0 and 2 of image 0 do not",
@@ -58,3 +63,15 @@ def test_refusals(change, message):
 def test_refuses_more_globals_than_crops():
     with pytest.raises(ValueError, match="num_globals: expected 1 to 3"):
         intersection_boxes(random_crops(1, SIZES), SIZES, num_globals=4)
+
+
+@pytest.mark.parametrize("crops", [[[0, 0, 9, 9]], np.zeros((1, 3, 4)), torch.zeros(1, 3, 4) * 1j])
+def test_refuses_what_is_no_tensor_of_real_numbers(crops):
+    with pytest.raises(TypeError, match=r"crops: expected a torch\.Tensor of real numbers, got"):
+        intersection_boxes(crops, SIZES)
+
+
+@pytest.mark.parametrize("size", [8, (0, 8), (8, -1), (8.0, 8), (8, 8, 8)])
+def test_refuses_what_is_no_size(size):
+    with pytest.raises(ValueError, match=r"sizes\[1\]: expected \(height, width\)"):
+        intersection_boxes(random_crops(2, SIZES), [SIZES[0], size, SIZES[2]])

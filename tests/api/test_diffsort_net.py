@@ -38,11 +38,24 @@ def test_is_a_module_like_any_other():
     assert repr(sorter).startswith("DiffSortNet('bitonic', 8, steepness=10.0")
 
 
+def test_inductor_gives_the_same():
+    sorter = DiffSortNet("bitonic", 8)
+    compiled = torch.compile(sorter, fullgraph=True)
+    x = torch.randn(4, 8, requires_grad=True)
+    weights = torch.randn(4, 8), torch.randn(4, 8, 8)
+    results = [
+        (*outputs, *torch.autograd.grad(outputs, x, weights))
+        for outputs in (compiled(x), sorter(x))
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("bitonic", 22), "network: expected one that sorts 22 values"),
-        (("merge", 8), "network: expected one of"),
+        (("merge", 8), "sorting_network_type: expected one of"),
         (("bitonic", 0), "size: expected an integer >= 1, got 0"),
         (("bitonic", 8, "cpu", -1.0), "steepness: expected a finite number"),
         (("bitonic", 8, "cpu", 1.0, 0.25, "logistic", "optimal"), "interpolation_type: expected"),
@@ -57,3 +70,12 @@ def test_refuses_at_construction(arguments, message):
 def test_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match=r"DiffSortNet: vectors: expected shape \(batch, 8\)"):
         DiffSortNet("bitonic", 8)(torch.zeros(shape))
+
+
+def test_messages_name_the_module_and_its_arguments():
+    with pytest.raises(ValueError, match=r"^DiffSortNet: interpolation_type: expected one of"):
+        DiffSortNet("bitonic", 8, interpolation_type="nope")
+    sorter = DiffSortNet("bitonic", 8)
+    for vectors in ([1.0] * 8, torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8).to_sparse()):
+        with pytest.raises(TypeError, match=r"^DiffSortNet: vectors: expected a"):
+            sorter(vectors)

@@ -6,18 +6,10 @@ import io
 import neco_composition
 import pytest
 import torch
-from crops import SIZES, random_batch, random_crops
+from crops import gradients, random_batch, random_crops, random_references
 
 import fmkernels
 from fmkernels.api import NeCoLoss, ProjectionHead, intersection_boxes
-
-
-def random_references(pairs, batch, dim, grid_size=7):
-    return torch.randn(pairs, batch, grid_size**2, dim, dtype=torch.float64)
-
-
-def gradients(loss, student):
-    return torch.autograd.grad(loss, student, allow_unused=True, materialize_grads=True)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +285,7 @@ def test_gradients_accumulate():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("queue_size", [None, 128])
 def test_compiles_as_one_graph(queue_size, masked):
+    torch._dynamo.reset()
     student, teacher, boxes = random_batch(dtype=torch.float32)
     mask = torch.ones(2, 2, 16, 16) if masked else None
     references = random_references(6, 2, 8).float()
@@ -307,6 +300,31 @@ def test_compiles_as_one_graph(queue_size, masked):
     compiled(*arguments)
     if queue_size:
         assert compiled.queue.written.tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("queue_size", [None, 64])
+def test_inductor_gives_the_same(queue_size):
+    """One pair of small crops, because all the time is the compiler's, which unrolls the pairs."""
+    torch._dynamo.reset()
+    student, teacher, boxes = random_batch(2, 8, ((6, 6), (4, 4)), 1, torch.float32)
+    mask = None
+    if queue_size:
+        mask = torch.zeros(2, 1, 6, 6)
+        mask[:, :, 1:5, 1:5] = 1
+    eager = NeCoLoss(3, queue_size, dim=8, num_globals=1)
+    options = {"fallback_random": True}  # eager PyTorch's random numbers, for the same references
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, options=options)
+    for seed in range(2):  # with an empty queue, and a filled one
+        losses = []
+        for criterion in (compiled, eager):
+            torch.manual_seed(seed)
+            losses.append(criterion(student, teacher, boxes, mask))
+        torch.testing.assert_close(*losses)
+        for a, b in zip(*(gradients(loss, student) for loss in losses), strict=True):
+            torch.testing.assert_close(a, b)
+    if queue_size:
+        assert torch.equal(compiled.queue.patches, eager.queue.patches)
+        assert compiled.queue.written.tolist() == [40]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -327,111 +345,3 @@ def test_half_precision_maps_are_computed_in_float32(dtype):
     for a, b in zip(gradients(loss, student), gradients(expected, wide), strict=True):
         assert a.dtype == dtype
         assert torch.equal(a, b.to(dtype))
-
-
-def replaced(values, index, value):
-    return [value if k == index else other for k, other in enumerate(values)]
-
-
-def test_refusals():
-    student, teacher, boxes = random_batch(dtype=torch.float32)
-    criterion = NeCoLoss(queue_size=128, dim=8)
-
-    def refused(message, *arguments, error=ValueError, loss=criterion, **named):
-        before = loss.queue.written.clone() if loss.queue else None
-        with pytest.raises(error, match=f"^NeCoLoss: {message}"):
-            loss(*arguments, **named)
-        assert before is None or torch.equal(before, loss.queue.written)
-
-    narrow = torch.randn(2, 7, 16, 16)
-    refused(
-        r"teacher_maps: expected one map per global crop, 2, got 1", student, teacher[:1], boxes
-    )
-    refused(r"student_maps: expected at least 2 crops, got 1", student[:1], teacher, boxes)
-    refused(
-        r"student_maps\[1\]: expected shape \(2, 8, H, W\)",
-        replaced(student, 1, narrow),
-        teacher,
-        boxes,
-    )
-    refused(
-        r"teacher_maps\[0\]: .*got \(2, 7, 16, 16\)", student, replaced(teacher, 0, narrow), boxes
-    )
-    refused(
-        r"student_maps\[0\]: expected shape \(B, D, H, W\), got \(2, 8, 16\)",
-        replaced(student, 0, student[0][:, :, 0]),
-        teacher,
-        boxes,
-    )
-    refused(
-        r"teacher_maps\[1\]: expected a floating-point dtype",
-        student,
-        replaced(teacher, 1, teacher[1].int()),
-        boxes,
-        error=TypeError,
-    )
-    refused(
-        r"teacher_maps\[1\]: expected the device",
-        student,
-        replaced(teacher, 1, teacher[1].to("meta")),
-        boxes,
-    )
-    wide = [torch.randn(2, 9, *size) for size in SIZES]
-    refused(r"student_maps: expected maps of the queue's width 8 .*got 9", wide, wide[:2], boxes)
-    many = [torch.randn(3, 8, *size) for size in SIZES]
-    refused(
-        r"queue_size: expected at least 147, the references of a batch of 3 images, got 128",
-        many,
-        many[:2],
-        boxes,
-    )
-    refused(r"boxes: expected the pair", student, teacher, boxes[0], error=TypeError)
-    refused(r"boxes\[0\]: expected shape \(2, 2, 4, 4\)", student, teacher, (boxes[1], boxes[0]))
-    for corner, change in ((0, -0.1), (2, 8.0), (2, -99.0), (3, torch.nan)):
-        other = boxes[1].clone()
-        other[1, 2, 0, corner] += change
-        refused(
-            r"boxes\[1\]: expected boxes .*within the 7 x 7 patches.* image 1, crops 2 and 0",
-            student,
-            teacher,
-            (boxes[0], other),
-        )
-    refused(
-        r"mask: expected shape \(B, G, H, W\) = \(2, 2, 16, 16\)",
-        student,
-        teacher,
-        boxes,
-        mask=narrow,
-    )
-    refused(
-        r"references: expected shape \(pairs, B, R, D\) = \(6, 2, 49, 8\)",
-        student,
-        teacher,
-        boxes,
-        references=torch.randn(6, 2, 48, 8),
-    )
-    refused(
-        r"references: expected the device",
-        student,
-        teacher,
-        boxes,
-        references=torch.empty(6, 2, 49, 8, device="meta"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"grid_size": 0}, "grid_size: expected an integer >= 1"),
-        ({"queue_size": 0}, "queue_size: expected an integer >= 1"),
-        ({"metric": "l1"}, "metric: expected one of cosine, euclidean"),
-        ({"steepness": -1.0}, "steepness: expected a finite number"),
-        ({"teacher_steepness": float("inf")}, "teacher_steepness: expected a finite number"),
-        ({"network": "bubble"}, "network: expected one of bitonic"),
-        ({"grid_size": 13, "network": "bitonic"}, "network: expected one that sorts 169 values"),
-        ({"distribution": "flat"}, "distribution: expected one of"),
-    ],
-)
-def test_refuses_at_construction(settings, message):
-    with pytest.raises(ValueError, match=f"^NeCoLoss: {message}"):
-        NeCoLoss(**settings)

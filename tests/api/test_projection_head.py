@@ -29,5 +29,20 @@ def test_sizes_of_the_paper():
 
 def test_one_layer_is_linear():
     assert [type(layer) for layer in ProjectionHead(4, out_dim=3, num_layers=1)] == [nn.Linear]
-    with pytest.raises(ValueError, match="num_layers: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_layers: expected an integer >= 1, got 0"):
         ProjectionHead(4, num_layers=0)
+
+
+def test_refusals():
+    for name, value in (("in_dim", 0), ("in_dim", 4.0), ("hidden_dim", -1), ("out_dim", 0)):
+        with pytest.raises(ValueError, match=f"^ProjectionHead: {name}: expected an integer >= 1"):
+            ProjectionHead(**({"in_dim": 4} | {name: value}))
+    with pytest.raises(ValueError, match=r"tokens: expected shape \(…, 4\), got \(2, 5\); of maps"):
+        ProjectionHead(4)(torch.zeros(2, 5))
+
+
+def test_some_of_its_layers():
+    head = ProjectionHead(4, 8, 3)
+    assert type(head[:2]) is nn.Sequential
+    assert head[:2][0] is head[0] is next(iter(head))
+    assert head[-1].out_features == 3

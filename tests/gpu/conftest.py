@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from gpu.record import Record
 from gpu.target import BACKENDS, DEVICE, DRY_RUN, prepare, synchronize
 
@@ -81,6 +82,14 @@ def verifies(record_property, backend):
             record_property("verifies", (op, backend))
 
     return verifies
+
+
+@pytest.fixture
+def alone(tmp_path_factory):
+    """While it runs, no other test of its kind does: each takes a good part of the memory."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "large.lock"):
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -258,7 +258,7 @@ def test_streams_do_not_disturb_each_other(backend, verifies, device):
 
 
 @pytest.mark.gpu
-def test_scores_past_two_to_the_31(backend, verifies, device):
+def test_scores_past_two_to_the_31(backend, verifies, device, alone):
     """Student, teacher and gradient of 8.6 GB each: the last queries are those of a small call."""
     verifies(*LOSS)
     n = 16
@@ -279,7 +279,7 @@ def test_scores_past_two_to_the_31(backend, verifies, device):
 
 
 @pytest.mark.gpu
-def test_permutations_past_two_to_the_31(backend, verifies, device):
+def test_permutations_past_two_to_the_31(backend, verifies, device, alone):
     verifies("soft_sort")
     n = 49
     rows = 2**31 // n**2 + 5

@@ -210,4 +210,11 @@ PYBIND11_MODULE(fmkernels_native, module) {
     const auto array = [](const std::vector<int32_t>& v) { return Array<int32_t>(v.size(), v.data()); };
     return py::make_tuple(array(lo), array(hi), sizes);
   });
+  module.def("packed_plan", [](const std::string& network, int32_t n, int32_t group_rows) {
+    return SortingNetwork(network, n, group_rows).packed();
+  });
+  module.def("scratch_bytes", [](const std::string& network, int32_t n, int register_bytes) {
+    const SortingNetwork wired(network, n);
+    return numerics<float>(register_bytes).soft_sort.scratch_bytes(wired.plan());
+  });
 }

@@ -127,7 +127,7 @@ def refusal(error, message, **changes):
         refusal(TypeError, "scores: expected a floating-point", scores=torch.zeros(2, 8).int()),
         refusal(TypeError, "floating-point.*complex", scores=torch.zeros(2, dtype=torch.cfloat)),
         refusal(ValueError, "scores: expected at least one dimension", scores=torch.tensor(1.0)),
-        refusal(ValueError, r"at least 1 value per row, got shape \(8, 0\)", scores=torch.zeros(8, 0)),
+        refusal(ValueError, r"a last dimension of at least 1, got shape \(8, 0\)", scores=torch.zeros(8, 0)),
         refusal(ValueError, "network: expected one of bitonic.*got 'quick'", network="quick"),
         refusal(ValueError, "distribution: expected one of logistic.*'normal'", distribution="normal"),
         refusal(ValueError, "steepness: expected a finite number >= 0, got -1", steepness=-1.0),
@@ -135,6 +135,7 @@ def refusal(error, message, **changes):
         refusal(ValueError, "steepness: expected a finite number >= 0, got nan", steepness=float("nan")),
         refusal(TypeError, "steepness: expected a number, got str", steepness="steep"),
         refusal(ValueError, "art_lambda: expected a finite number", art_lambda=-0.5),
+        refusal(ValueError, "art_lambda: expected a number from 0 to 1, got 4", art_lambda=4),
     ],
 )  # fmt: skip
 def test_refusals(arguments, error, message):

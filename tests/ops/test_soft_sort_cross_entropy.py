@@ -74,10 +74,13 @@ def test_a_masked_row_may_hold_anything(backend):
         assert torch.equal(a, b)
 
 
-@every_distribution
+@pytest.mark.parametrize(
+    ("distribution", "art_lambda"),
+    [*((distribution, 0.25) for distribution in DISTRIBUTIONS), ("logistic_phi", 1.0)],
+)
 @every_network
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_extreme_scores_stay_finite(network, distribution, dtype):
+def test_extreme_scores_stay_finite(network, distribution, art_lambda, dtype):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.zeros(49), torch.full((49,), 1e30), torch.arange(49.0), -torch.arange(49.0)]
     rows += [
@@ -89,7 +92,7 @@ def test_extreme_scores_stay_finite(network, distribution, dtype):
         student = rows.clone().requires_grad_()
         loss = fmkernels.soft_sort_cross_entropy(
             student, rows.roll(1, dims=0), steepness=steepness, network=network,
-            distribution=distribution, reduction="none",
+            distribution=distribution, art_lambda=art_lambda, reduction="none",
         )  # fmt: skip
         assert loss.isfinite().all()
         (grad,) = torch.autograd.grad(loss.sum(), student)
@@ -111,18 +114,30 @@ def test_a_bad_row_stays_alone():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_keeps_one_array_for_backward():
-    student, teacher = scores(100, 49).float().detach().requires_grad_(), scores(100, 49).float()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_one_array_for_backward_and_refuses_a_second(dtype, autocast):
+    student, teacher = (scores(100, 49).detach().to(dtype) for _ in range(2))
+    student.requires_grad_()
     kept = {}
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        fmkernels.soft_sort_cross_entropy(student, teacher)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", enabled=autocast),
+    ):
+        loss = fmkernels.soft_sort_cross_entropy(student, teacher)
+    assert loss.dtype == (torch.float32 if autocast else dtype)
     kept.pop(student.untyped_storage().data_ptr(), None)
     assert sum(kept.values()) == student.numel() * 4
+
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    assert grad.dtype == dtype
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(grad.sum(), student)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

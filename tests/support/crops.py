@@ -28,3 +28,11 @@ def random_batch(batch=2, dim=8, sizes=SIZES, num_globals=2, dtype=torch.float64
     teacher = [tokens.detach() + 0.3 * torch.randn_like(tokens) for tokens in student[:num_globals]]
     crops = random_crops(batch, sizes, num_globals, dtype)
     return student, teacher, intersection_boxes(crops, sizes, num_globals=num_globals)
+
+
+def random_references(pairs, batch, dim, grid_size=7):
+    return torch.randn(pairs, batch, grid_size**2, dim, dtype=torch.float64)
+
+
+def gradients(loss, student):
+    return torch.autograd.grad(loss, student, allow_unused=True, materialize_grads=True)

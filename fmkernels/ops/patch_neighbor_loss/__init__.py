@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from fmkernels import _checks
-from fmkernels._autocast import without_autocast
+from fmkernels._autocast import product_dtype, without_autocast
 from fmkernels.ops.soft_sort import check_settings, check_sorts
 from fmkernels.ops.soft_sort_cross_entropy import check_mask, soft_sort_cross_entropy
 from fmkernels.ops.soft_sort_cross_entropy.reference import REDUCTIONS
@@ -63,8 +63,9 @@ def patch_neighbor_loss(
         ValueError: an argument does not fit; the message names it.
 
     Numerics:
-        Similarities are computed in float32 (float64 for float64), also under autocast: at a
-        steepness of 100 the rounding of a bfloat16 similarity would reorder neighbours.
+        Similarities are computed in float32 (float64 for float64), also under autocast; and in
+        float64 where ``torch.set_float32_matmul_precision`` would round their factors: at a
+        steepness of 100 that would reorder neighbours.
 
     Source:
         Pariza et al., *NeCo*, ICLR 2025.
@@ -117,7 +118,9 @@ def patch_neighbor_loss(
 def _scores(patches: Tensor, references: Tensor, metric: str) -> Tensor:
     """(B, N, D), (B, R, D) -> (B, N, R)"""
     if metric == "cosine":
-        return F.normalize(patches, dim=-1) @ F.normalize(references, dim=-1).mT
+        wide = product_dtype(patches)
+        a, b = (F.normalize(features, dim=-1).to(wide) for features in (patches, references))
+        return (a @ b.mT).to(patches.dtype)
     # the matrix-product form of cdist loses the small distances to cancellation
     return torch.cdist(patches, references, compute_mode="donot_use_mm_for_euclid_dist")
 

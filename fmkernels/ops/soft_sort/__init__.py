@@ -49,7 +49,7 @@ def soft_sort(
             ``"odd_even_merge"`` or ``"odd_even"``. The result depends on the choice.
         distribution: f, a cumulative distribution function: ``"cauchy"``, ``"reciprocal"``,
             ``"optimal"`` (slow tails), ``"logistic"``, ``"logistic_phi"``, ``"gaussian"``.
-        art_lambda: exponent λ of ``logistic_phi``: f(s·Δ/(|Δ| + 1e-10)^λ).
+        art_lambda: exponent λ of ``logistic_phi``, from 0 to 1: f(s·Δ/(|Δ| + 1e-10)^λ).
 
     Returns:
         ``values`` (…, n), ascending up to the relaxation, and ``permutation`` (…, n, n) with
@@ -58,8 +58,9 @@ def soft_sort(
 
     Raises:
         TypeError: ``scores`` is not a floating-point tensor, or a number is expected.
-        ValueError: an unknown network or distribution, a negative or non-finite steepness, or a
-            ``bitonic`` of a size at which diffsort's wiring does not sort (22, 38, 42, …).
+        ValueError: an unknown network or distribution, a negative or non-finite steepness, an
+            ``art_lambda`` that is not from 0 to 1, or a ``bitonic`` of a size at which diffsort's
+            wiring does not sort (22, 38, 42, …).
         NotImplementedError: under ``vmap``. Double backward raises ``RuntimeError``.
 
     Numerics:
@@ -83,7 +84,7 @@ def soft_sort(
         _check(scores, *settings)
         half = scores.dtype in HALF
     else:
-        half, settings = _checks.once(_checked, scores, scores, settings)
+        half, settings = _checks.once(_checked, settings, scores)
     if half and autocasts(scores):
         scores = scores.float()
     return SOFT_SORT(scores, *settings)  # type: ignore[no-any-return]
@@ -97,7 +98,7 @@ def _check(scores: Tensor, *settings: Any) -> None:
     check_settings("soft_sort", *settings)
 
 
-def _checked(scores: Tensor, _: Tensor, *settings: Any) -> tuple[bool, tuple[Any, ...]]:
+def _checked(scores: Tensor, *settings: Any) -> tuple[bool, tuple[Any, ...]]:
     """Whether it is a narrow dtype, and the settings for the op."""
     _check(scores, *settings)
     check_sorts("soft_sort", settings[1], scores.shape[-1])
@@ -110,6 +111,8 @@ def check_settings(
     """The checks that every op on a sorting network shares."""
     _checks.non_negative(op, "steepness", steepness)
     _checks.non_negative(op, "art_lambda", art_lambda)
+    if art_lambda > 1:  # close scores would then be told apart better than distant ones
+        raise ValueError(f"{op}: art_lambda: expected a number from 0 to 1, got {art_lambda}")
     _checks.choice(op, "network", network, NETWORKS)
     _checks.choice(op, "distribution", distribution, DISTRIBUTIONS)
 
@@ -179,13 +182,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(
-    ctx: Any, grad_values: Tensor | None, grad_permutation: Tensor | None
+    ctx: Any, on_reference: bool, grad_values: Tensor | None, grad_permutation: Tensor | None
 ) -> Tensor | None:
     if grad_values is None and grad_permutation is None:
         return None
     (scores,) = ctx.saved_tensors
     grad_scores: Tensor = SOFT_SORT_BACKWARD.run(
-        ctx.on_reference, grad_values, grad_permutation, scores, *ctx.settings
+        on_reference, grad_values, grad_permutation, scores, *ctx.settings
     )
     return grad_scores
 

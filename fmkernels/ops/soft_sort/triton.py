@@ -10,9 +10,8 @@ serves every wiring and size. Phases of a program:
     values   the wires' gradient, last layer first
 
 Scratch is a slot of the workspace that the program uses again for its next query, so it stays in
-the level-2 cache. At n = 49, tape and weights make about 1 MB of traffic a query: 30 GB, or 5.5 ms
-at 5.5 TB/s, for the 31,360 queries of a NeCo step, which is what bounds this kernel. diffsort moves
-383 GB through the memory itself. The arithmetic is that of csrc/include/fmkernels/soft_sort.h.
+the level-2 cache; docs/kernels/triton.md counts the traffic. The arithmetic is that of
+csrc/include/fmkernels/soft_sort.h.
 """
 
 from __future__ import annotations

@@ -90,11 +90,15 @@ def soft_sort_cross_entropy(
         _check(student, teacher, *settings)
         wide = False
     else:
-        wide, settings = _checks.once(_checked, student, teacher, settings)
+        wide, settings = _checks.once(_checked, settings, student, teacher)
     if mask is not None:
         mask = check_mask(NAME, mask, student)
     if not wide:
-        student, teacher = _same_dtype(student, teacher)
+        dtype = torch.promote_types(student.dtype, teacher.dtype)
+        if dtype == torch.float64:
+            student, teacher = student.to(dtype), teacher.to(dtype)
+        elif dtype in HALF and autocasts(student):
+            dtype = torch.float32
     run = SOFT_SORT_CROSS_ENTROPY_LOSS
     if torch.is_grad_enabled():
         if student.requires_grad:
@@ -102,8 +106,10 @@ def soft_sort_cross_entropy(
         if teacher.requires_grad:
             teacher = teacher.detach()
     if mask is None and not settings:  # to parse an argument takes as long as to sort a few values
-        return run(student, teacher)
-    return run(student, teacher, mask, *settings)  # type: ignore[no-any-return]
+        loss: Tensor = run(student, teacher)
+    else:
+        loss = run(student, teacher, mask, *settings)
+    return loss if wide else loss.to(dtype)
 
 
 NAME = "soft_sort_cross_entropy"
@@ -135,14 +141,6 @@ def _checked(student: Tensor, teacher: Tensor, *settings: Any) -> tuple[bool, tu
     return wide, SOFT_SORT_CROSS_ENTROPY.without_defaults(*_checks.plain(settings))
 
 
-def _same_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The promoted one; float32 for a half under autocast."""
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    if dtype in HALF and autocasts(student):
-        dtype = torch.float32
-    return student.to(dtype), teacher.to(dtype)
-
-
 def check_mask(op: str, mask: Any, student: Tensor) -> Tensor:
     """One weight per row of ``student``, outside of the graph, in float32 (or float64)."""
     if not isinstance(mask, Tensor):
@@ -170,12 +168,13 @@ def _fake_loss(
     reduction: str = "mean",
 ) -> Tensor:
     check_sorts(NAME, network, student.shape[-1])
-    return student.new_empty(student.shape[:-1] if reduction == "none" else ())
+    shape = student.shape[:-1] if reduction == "none" else ()
+    return student.new_empty(shape, dtype=compute_dtype(student.dtype))
 
 
 def _fake(student: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(student.dtype)
-    return _fake_loss(student, *others), student.new_empty(student.shape, dtype=dtype)
+    loss = _fake_loss(student, *others)
+    return loss, student.new_empty(student.shape, dtype=loss.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -185,7 +184,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(grad_student, inputs[0])  # the student so that double backward refuses
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> Tensor | None:
+def _backward(ctx: Any, _: bool, grad_loss: Tensor | None, *__: None) -> Tensor | None:
     if grad_loss is None:
         return None
     grad_student, student = ctx.saved_tensors

@@ -44,8 +44,7 @@ def loss_and_gradient(
             teacher_steepness = steepness
         settings = (steepness, teacher_steepness, network, distribution, art_lambda)
         launch(student, teacher, weights, losses, grad, *settings)
-    loss = losses if reduction == "none" else losses.sum()
-    return loss.to(student.dtype), grad
+    return losses if reduction == "none" else losses.sum(), grad
 
 
 def loss_alone(launch: Callable[..., None], *args: Any) -> Tensor:

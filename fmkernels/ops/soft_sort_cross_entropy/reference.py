@@ -73,7 +73,10 @@ def soft_sort_cross_entropy(
     *,
     compute_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or None)."""
+    """(…, n), (…, n) -> the reduced loss, and its gradient in the student's scores (or None).
+
+    Both in float32, or float64 for a student of that.
+    """
     check_counts(student, teacher, mask)
     n = student.shape[-1]
     dtype = compute_dtype(student.dtype)
@@ -96,10 +99,10 @@ def soft_sort_cross_entropy(
     loss = weighted(weights, losses)
     loss = loss.reshape(student.shape[:-1]) if reduction == "none" else loss.sum()
     if not compute_grad:
-        return loss.to(student.dtype), None
+        return loss, None
     grad_student = sort_values_backward(torch.zeros_like(x), grad_keep, trace)
     grad_student = weighted(weights[:, None], grad_student)
-    return loss.to(student.dtype), grad_student.reshape(student.shape)
+    return loss, grad_student.reshape(student.shape)
 
 
 def soft_sort_cross_entropy_loss(*args: Any) -> Tensor:
