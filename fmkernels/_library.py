@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
@@ -59,12 +60,8 @@ def _why_no_triton() -> str | None:
     return None if found else "triton is not installed"
 
 
-TRITON_ERROR = _why_no_triton()
-"""Why there are no Triton kernels."""
-
-
 def _why_no_cuda() -> str | None:
-    """Looks for the CUDA library, which is loaded when one of its kernels is first called."""
+    """Looks for the CUDA library without loading it, which takes a GPU: see ``cuda_error``."""
     if native is None:
         return native_error
     if importlib.util.find_spec("fmkernels._cuda") is None:
@@ -76,10 +73,35 @@ def _why_no_cuda() -> str | None:
     return None if torch.version.cuda else "this torch is built without CUDA"
 
 
-CUDA_ERROR = _why_no_cuda()
-"""Why there are no CUDA kernels."""
+GPU_ERRORS = {"cuda": _why_no_cuda(), "triton": _why_no_triton()}
+"""Why there are no kernels of a GPU backend, on any GPU."""
 
-GPU_ERRORS = {"cuda": CUDA_ERROR, "triton": TRITON_ERROR}
+MIN_CAPABILITY = (8, 0)
+"""Of a GPU for which the CUDA library has code."""
+
+
+@functools.cache
+def cuda_error(device: int) -> str | None:
+    """Why the CUDA library does not run on this GPU, or None; loads it to find out."""
+    try:
+        library = importlib.import_module("fmkernels._cuda")
+    except ImportError as error:
+        return f"the CUDA library does not load: {error}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        needed, found = ("{}.{}".format(*pair) for pair in (MIN_CAPABILITY, capability))
+        return f"needs compute capability {needed}, and this GPU has {found}"
+    try:
+        library.shared_limits(device)  # the least that asks the driver
+    except RuntimeError as error:
+        return f"the CUDA library does not run on this GPU: {error}"
+    return None
+
+
+def _gpu_error(backend: str, device: int) -> str | None:
+    """Why there are no kernels of a GPU backend on this GPU."""
+    error = GPU_ERRORS[backend]
+    return cuda_error(device) if error is None and backend == "cuda" else error
 
 
 GPU_ORDER = json.loads((Path(__file__).parent / "configs" / "gpu_order.json").read_text())["order"]
@@ -199,12 +221,13 @@ class Op:
 
     def _run_gpu(self, *args: Any) -> Any:
         """The preferred kernel that is there and takes the arguments, else the reference."""
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device
         for backend, module, limits in self.gpu:
-            another = _requested in GPU_ERRORS and _requested != backend
-            if not another and GPU_ERRORS[backend] is None and limits(*args) is None:
+            if _requested in GPU_ERRORS and _requested != backend:
+                continue
+            if _gpu_error(backend, device.index) is None and limits(*args) is None:
                 kernel = getattr(importlib.import_module(module), self.name)
-                tensor = next(arg for arg in args if isinstance(arg, Tensor))
-                with torch.cuda.device(tensor.device):  # kernels start on the current device
+                with torch.cuda.device(device):  # kernels start on the current device
                     return kernel(*args)
         return self._reference.overload(*args)
 
@@ -323,13 +346,18 @@ class Op:
             return native_error
         if backend not in self.limits:
             return "there is no such kernel"
-        if backend in GPU_ERRORS and GPU_ERRORS[backend] is not None:
+        if GPU_ERRORS.get(backend) is not None:
             return GPU_ERRORS[backend]
         if backend in GPU_ERRORS and not torch.cuda.is_available():
             return "needs an NVIDIA GPU, and there is none"
         devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
         if devices - {DEVICE_OF[backend]}:
             return f"needs tensors on {DEVICE_OF[backend]}, got {', '.join(sorted(devices))}"
+        if backend in GPU_ERRORS:
+            gpus = [arg.device.index for arg in args if isinstance(arg, Tensor)]
+            error = _gpu_error(backend, gpus[0] if gpus else torch.cuda.current_device())
+            if error is not None:
+                return error
         return self.limits[backend](*args) if args else None
 
     @property

@@ -85,7 +85,7 @@ def triton_within_budget(capability: str) -> Callable[[str, str, Json], bool]:
     sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("support", "resources")]
     from budgets import violations
     from triton_aot import resources
-    from triton_sort import compile_for
+    from triton_sort import BY_NAME, compile_for
 
     from fmkernels.ops.soft_sort.config import Config
 
@@ -94,14 +94,11 @@ def triton_within_budget(capability: str) -> Callable[[str, str, Json], bool]:
     def keeps(backend: str, size: str, values: Json) -> bool:
         if backend != "triton":
             return True
-        for name in (
-            "soft_sort_fwd_kernel",
-            "soft_sort_bwd_kernel",
-            "soft_sort_cross_entropy_kernel",
-        ):
-            kernel = compile_for(name, number, int(size), config=Config(**values))
-            if violations(name, capability, resources(kernel)):
-                return False
+        for name in BY_NAME:
+            for n in (int(size), int(size) - 1):  # a multiple of 16 is compiled on its own
+                kernel = compile_for(name, number, n, config=Config(**values))
+                if violations(name, capability, resources(kernel)):
+                    return False
         return True
 
     return keeps

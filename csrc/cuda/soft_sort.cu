@@ -73,9 +73,13 @@ const char* launch(
   cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(launch.grid), launch.threads, bytes,
-             reinterpret_cast<cudaStream_t>(launch.stream)>>>(args, table, launch.rows);
-    error = cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(launch.grid);
+    config.blockDim = launch.threads;
+    config.dynamicSmemBytes = bytes;
+    config.stream = reinterpret_cast<cudaStream_t>(launch.stream);
+    // its own error; the last error could be that of an earlier call
+    error = cudaLaunchKernelEx(&config, kernel, args, table, launch.rows);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

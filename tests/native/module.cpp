@@ -151,8 +151,8 @@ Array<T> elementwise(const std::string& name, const Array<T>& x, int register_by
 py::tuple by_block(
     const Array<float>& student, const Array<float>& teacher, const Array<float>& mask,
     const Array<float>& grad_values, const Array<float>& grad_permutation, int32_t rows,
-    double steepness, const std::string& network, const std::string& distribution,
-    double art_lambda, int64_t first_query) {
+    double steepness, double teacher_steepness, const std::string& network,
+    const std::string& distribution, double art_lambda, int64_t first_query) {
   Problem<float> problem(student, steepness, network, distribution, art_lambda);
   const auto queries = student.shape(0), n = student.shape(1);
   Array<float> values = poisoned<float>({queries, n}), grad = poisoned<float>({queries, n});
@@ -172,7 +172,7 @@ py::tuple by_block(
   CrossEntropyForward<float> args{
       problem.args,
       moved(teacher.data(), n),
-      float(steepness),
+      float(teacher_steepness),
       moved(mask.data(), 1),
       1.0f,
       moved(losses.mutable_data(), 1),

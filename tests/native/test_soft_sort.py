@@ -88,7 +88,7 @@ def test_the_cuda_kernels_agree_with_the_reference(native, network, distribution
         same_dtype = run_reference(arrays, torch.float32, *settings)
         exact = run_reference(arrays, torch.float64, *settings)
         for rows in {n, (n + 1) // 2, min(n, 5)}:
-            found = native.by_block(*arrays, rows, *settings, ART_LAMBDA, 0)
+            found = native.by_block(*arrays, rows, 20.0, *settings, ART_LAMBDA, 0)
             *actual, only_losses = (torch.from_numpy(result) for result in found)
             assert bitwise_equal(actual[3], only_losses)
             for index, compared in enumerate(zip(actual, same_dtype, exact, strict=True)):
@@ -97,7 +97,7 @@ def test_the_cuda_kernels_agree_with_the_reference(native, network, distribution
 
 def test_the_cuda_kernels_offsets_are_64_bit(native):
     arrays = make(3, 33, np.float32)
-    settings = (17, 20.0, "bitonic", "cauchy", ART_LAMBDA)
+    settings = (17, 20.0, 20.0, "bitonic", "cauchy", ART_LAMBDA)
     for a, b in zip(
         native.by_block(*arrays, *settings, 0),
         native.by_block(*arrays, *settings, 2**31),

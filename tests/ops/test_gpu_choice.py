@@ -1,6 +1,8 @@
 """Which kernel runs for a CUDA tensor, without a GPU: the kernels say their names."""
 
 import contextlib
+import functools
+import re
 import sys
 import types
 
@@ -8,10 +10,11 @@ import pytest
 import torch
 
 import fmkernels
-from fmkernels import _library
+from fmkernels import _library, info
 
 SOFT_SORT = _library.OPS["soft_sort"]
 SCORES = torch.rand(2, 7)
+CUDA_ERROR = _library.cuda_error
 
 
 @pytest.fixture
@@ -27,6 +30,7 @@ def kernels(monkeypatch):
         found.append(_library.GpuKernel(name, module.__name__, limit))
     monkeypatch.setattr(SOFT_SORT, "gpu", found)
     monkeypatch.setattr(_library, "GPU_ERRORS", dict.fromkeys(limits))
+    monkeypatch.setattr(_library, "cuda_error", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     return limits
 
@@ -57,6 +61,56 @@ def test_what_one_kernel_does_not_take_goes_to_the_next(kernels):
 def test_a_kernel_that_is_missing_is_passed_over(kernels):
     _library.GPU_ERRORS["cuda"] = "not built"
     assert SOFT_SORT._run_gpu(SCORES) == "triton"
+
+
+@pytest.fixture
+def gpu(kernels, monkeypatch):
+    """A GPU whose capability can be set, and the CUDA library beside it."""
+    facts = types.SimpleNamespace(capability=(9, 0), library=types.ModuleType("_cuda"))
+    facts.library.shared_limits = lambda _: (232_448, 233_472)
+    monkeypatch.setattr(_library, "cuda_error", functools.cache(CUDA_ERROR.__wrapped__))
+    monkeypatch.setitem(sys.modules, "fmkernels._cuda", facts.library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: facts.capability)
+    return facts
+
+
+def old_driver(_):
+    raise RuntimeError("CUDA: CUDA driver version is insufficient for CUDA runtime version")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"capability": (7, 5)}, "needs compute capability 8.0, and this GPU has 7.5"),
+        ({"library": None}, "the CUDA library does not load: "),
+        ({"probe": old_driver}, "does not run on this GPU: CUDA: CUDA driver version is insuff"),
+    ],
+    ids=["old GPU", "does not load", "old driver"],
+)
+def test_a_gpu_that_the_library_does_not_run_on(gpu, monkeypatch, broken, reason):
+    assert SOFT_SORT._run_gpu(SCORES) == "cuda"
+    assert SOFT_SORT.why_not("cuda") is None
+    _library.cuda_error.cache_clear()
+    gpu.capability = broken.get("capability", gpu.capability)
+    gpu.library.shared_limits = broken.get("probe", gpu.library.shared_limits)
+    if "library" in broken:
+        monkeypatch.setitem(sys.modules, "fmkernels._cuda", None)  # importing it fails
+    assert SOFT_SORT._run_gpu(SCORES) == "triton"
+    assert reason in info.collect()["ops"]["soft_sort"]["cuda"]
+    monkeypatch.setitem(_library.DEVICE_OF, "cuda", "cpu")
+    with fmkernels.backend("cuda"), pytest.raises(RuntimeError, match=re.escape(reason)):
+        fmkernels.soft_sort(SCORES)
+
+
+def test_the_driver_is_asked_once(gpu):
+    asked = []
+    gpu.library.shared_limits = asked.append
+    for _ in range(3):
+        SOFT_SORT._run_gpu(SCORES)
+    assert len(asked) == 1
 
 
 def test_a_build_without_nvcc_says_so(monkeypatch):

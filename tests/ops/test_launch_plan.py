@@ -1,5 +1,7 @@
 """Launches of the GPU kernels are values that need no GPU."""
 
+from dataclasses import replace
+
 import pytest
 
 from fmkernels._tuned import TUNED
@@ -98,6 +100,8 @@ def test_a_block_of_the_canonical_step():
     assert (plan.rows, plan.threads, plan.blocks_per_sm) == (49, 64, 2)
     assert plan.grid == 31_360
     assert plan.shared_bytes == shared_bytes(49)
+    beside = block_plan(31_360, 49, shared_bytes=shared_bytes, with_teacher=True, **H100_BYTES)
+    assert beside == replace(plan, threads=128)
 
 
 def test_rows_are_taken_in_passes_where_memory_is_short():

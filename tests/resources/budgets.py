@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """Most registers of a thread, most shared bytes of a program (those known when it is compiled)."""
+    """Most registers of a thread, most shared bytes that are known when a kernel is compiled."""
 
     registers: int
     shared_bytes: int
@@ -22,6 +22,52 @@ BUDGETS = {
     "soft_sort_bwd_cuda": Budget(128, 1024),
     "soft_sort_cross_entropy_cuda": Budget(128, 1024),
 }
+
+
+class Shared(NamedTuple):
+    """Bytes of shared memory."""
+
+    of_a_block: int
+    of_a_multiprocessor: int
+
+
+SHARED = {
+    "sm_80": Shared(166_912, 167_936),
+    "sm_90a": Shared(232_448, 233_472),
+    "sm_100": Shared(232_448, 233_472),
+    "sm_120": Shared(101_376, 102_400),
+}
+"""What these GPUs have: A100; H100 and H200; B200; RTX 50."""
+
+
+class Block(NamedTuple):
+    """What a block of a CUDA kernel takes when it is launched, and how many run side by side."""
+
+    shared_bytes: int
+    per_multiprocessor: int
+
+
+BLOCKS = {
+    "soft_sort_fwd_cuda": {
+        "sm_80": Block(17_388, 9),
+        "sm_90a": Block(17_388, 12),
+        "sm_100": Block(17_388, 12),
+        "sm_120": Block(17_388, 5),
+    },
+    "soft_sort_bwd_cuda": {
+        "sm_80": Block(76_104, 2),
+        "sm_90a": Block(76_104, 3),
+        "sm_100": Block(76_104, 3),
+        "sm_120": Block(76_104, 1),
+    },
+    "soft_sort_cross_entropy_cuda": {
+        "sm_80": Block(54_048, 3),
+        "sm_90a": Block(92_512, 2),
+        "sm_100": Block(92_512, 2),
+        "sm_120": Block(92_512, 1),
+    },
+}
+"""For 49 values (bitonic), with a gradient where the kernel can have one; see ``block_plan``."""
 
 
 def violations(kernel, architecture, used):

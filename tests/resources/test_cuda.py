@@ -1,17 +1,24 @@
 """The gate: every CUDA kernel of the built library, on every architecture, within its budget."""
 
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")  # for its cuobjdump
 
-from budgets import BUDGETS, violations
-from resource_usage import resource_usage
+from budgets import BLOCKS, BUDGETS, SHARED, violations
+from resource_usage import CUOBJDUMP, resource_usage
 
-ARCHITECTURES = {"sm_80", "sm_90a", "sm_100", "sm_120"}
+from fmkernels.ops.soft_sort.config import MAX_CUDA_SIZE, RESERVED_BYTES
+from fmkernels.ops.soft_sort.networks import NETWORKS, sorts
+from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
+
+ROOT = Path(__file__).parents[2]
 KERNELS = {name for name in BUDGETS if name.endswith("_cuda")}
 
 BREAKS_IT = """
@@ -29,17 +36,41 @@ def named(mangled):
     return name
 
 
+def library():
+    """The path of the CUDA library, which is there wherever it can be built."""
+    spec = importlib.util.find_spec("fmkernels._cuda")
+    if spec is not None:
+        return spec.origin
+    if shutil.which(os.environ.get("NVCC", "nvcc")) is None:
+        pytest.skip("needs nvcc, and there is none")
+    pytest.fail("there is nvcc, but no CUDA library: python setup.py build_ext --inplace")
+
+
 @pytest.fixture(scope="module")
 def kernels():
-    spec = importlib.util.find_spec("fmkernels._cuda")
-    if spec is None:
-        pytest.skip("the CUDA library was not built")
-    return resource_usage(spec.origin)
+    return resource_usage(library())
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    """What surrounds a launch."""
+    library()
+    return importlib.import_module("fmkernels.ops.soft_sort.cuda")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "outcome"), [(None, pytest.skip.Exception), ("/bin/nvcc", pytest.fail.Exception)]
+)
+def test_a_library_that_is_missing_is_a_failure_where_there_is_nvcc(monkeypatch, nvcc, outcome):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: nvcc)
+    with pytest.raises(outcome):
+        library()
 
 
 def test_every_kernel_is_there_for_every_architecture(kernels):
     for kernel in KERNELS:
-        assert {arch for arch, name, _ in kernels if kernel in name} == ARCHITECTURES
+        assert {arch for arch, name, _ in kernels if kernel in name} == {*SHARED}
 
 
 def test_within_budget(kernels):
@@ -47,6 +78,65 @@ def test_within_budget(kernels):
     for architecture, mangled, used in kernels:
         found += violations(named(mangled), architecture, used)
     assert found == []
+
+
+def test_the_shift_of_a_comparator_is_a_product_of_its_own(kernels):
+    """``mul.rn`` is never fused with an addition; what is only ``mul`` may be."""
+    command = [CUOBJDUMP, "--dump-ptx", library()]
+    ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    entries = ptx.split(".entry ")[1:]
+    assert {name for name in KERNELS for entry in entries if name in entry} == KERNELS
+    for entry in entries:
+        assert entry.count("mul.rn.f32") >= len(DISTRIBUTIONS)
+
+
+def test_a_launch_reports_its_own_error():
+    """The last error may be that of a call before it."""
+    for source in (ROOT / "csrc" / "cuda").iterdir():
+        assert not {"<<<", "cudaGetLastError"} & set(re.findall(r"<<<|\w+", source.read_text()))
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("kernel", BLOCKS)
+def test_shared_memory_of_a_launch(cuda, kernel, architecture):
+    has, allowed = SHARED[architecture], BLOCKS[kernel][architecture]
+    loss, forward = "cross_entropy" in kernel, "fwd" in kernel
+    plan = cuda.plan_within(has, 31_360, 49, "bitonic", loss, not forward)
+    assert (plan.shared_bytes, plan.blocks_per_sm) == allowed
+    assert plan.shared_bytes <= has.of_a_block
+    assert plan.blocks_per_sm * (plan.shared_bytes + RESERVED_BYTES) <= has.of_a_multiprocessor
+
+
+def test_every_cuda_kernel_has_a_block():
+    assert BLOCKS.keys() == KERNELS
+
+
+GPUS = {
+    "A100": "sm_80",
+    "H100, H200": "sm_90a",
+    "B200": "sm_100",
+    "RTX 50": "sm_120",
+}
+
+
+def largest(cuda, architecture, network):
+    """Up to how many values a block holds a query of the loss with its gradient."""
+    fits = {
+        n: cuda.plan_within(SHARED[architecture], 1, n, network, True, True) is not None
+        for n in range(1, MAX_CUDA_SIZE + 1)
+        if sorts(network, n)
+    }
+    most = max(n for n, yes in fits.items() if yes)
+    assert all(yes for n, yes in fits.items() if n <= most)
+    return most
+
+
+def test_the_documented_limits_are_those_of_the_blocks(cuda):
+    documented = (ROOT / "docs" / "backends.md").read_text()
+    for name, architecture in GPUS.items():
+        sizes = (str(largest(cuda, architecture, network)) for network in NETWORKS)
+        kilobytes = SHARED[architecture].of_a_block // 1024
+        assert f"| {name} | {kilobytes} KB | {' | '.join(sizes)} |" in documented
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -18,25 +18,40 @@ from fmkernels.ops.soft_sort.config import MAX_TRITON_SIZE, Config
 
 CAPABILITIES = (80, 90, 100)
 
-CASES = [(n, "cauchy", "fp32") for n in (16, 32, 49, 128, 256)]
-CASES += [(49, distribution, "fp32") for distribution in DISTRIBUTIONS if distribution != "cauchy"]
-CASES += [(49, "cauchy", "fp16"), (49, "cauchy", "bf16")]
+CASES = [{"n": n} for n in (16, 32, 49, 128, 256)]
+CASES += [{"n": 49, "distribution": name} for name in DISTRIBUTIONS if name != "cauchy"]
+CASES += [{"n": 49, "dtype": dtype} for dtype in (torch.float16, torch.bfloat16)]
+CASES += [{"n": 49, "queries": 7}, *({"n": n, "queries": 7, "aligned": False} for n in (64, 255))]
+"""Multiples of 16 and others, of what a launch tells the compiler."""
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_within_budget(name, capability):
     found = []
-    for n, distribution, dtype in CASES:
-        used = resources(compile_for(name, capability, n, distribution, dtype))
-        case = f"sm_{capability}, n = {n}, {distribution}, {dtype}"
-        found += violations(name, case, used)
+    for case in CASES:
+        used = resources(compile_for(name, capability, **case))
+        found += violations(name, f"sm_{capability}, {case}", used)
     assert found == []
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_compiles_with_every_integer_at_one(name):
-    compile_for(name, 90, 1, ones=("queries", "n", "n_layers"))
+@pytest.mark.parametrize("n", [1, 2])
+def test_compiles_with_every_integer_at_one(name, n):
+    compile_for(name, 90, n, queries=1)  # of two values the network has one layer
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_is_compiled_is_what_is_launched(name):
+    def multiples_of_16(**case):
+        ir = compile_for(name, 90, **case).asm["ttir"]
+        return set(re.findall(r"%(\w+): \S+ \{tt.divisibility = 16 : i32\}", ir))
+
+    inputs = {"p_scores", "p_student", "p_teacher", "p_grad_values", "p_grad_permutation"}
+    pointers = {*POINTERS[BY_NAME[name]].split(), "p_network", "p_workspace"}
+    assert multiples_of_16(n=64) == pointers | {"queries", "n", "slot"}
+    assert multiples_of_16(n=49, queries=7) == pointers | {"slot"}
+    assert multiples_of_16(n=64, queries=7, aligned=False) == pointers - inputs | {"n", "slot"}
 
 
 def test_every_kernel_has_a_budget():
@@ -73,6 +88,14 @@ def test_offsets_into_tensors_are_64_bit(name):
             checked.add(pointer)
             assert widths == ["i64"] * len(widths), pointer
     assert checked == pointers
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if "fwd" not in name])
+def test_no_warp_stores_a_gradient_that_another_has_yet_to_load(name):
+    """A barrier lies between every sum over rows of X and the store that follows."""
+    ir = compile_for(name, 90, 49).asm["ttir"]
+    (after_the_sum,) = re.findall(r"\(tensor<8x64xf32>\) -> tensor<64xf32>(.*?tt\.store)", ir, re.S)
+    assert ".barrier" in after_the_sum
 
 
 @pytest.mark.parametrize("name", [name for name, op in _library.OPS.items() if op.gpu_kernels])

@@ -25,6 +25,21 @@ FMKERNELS_INLINE V absolute(V x) {
   return select(x < V(0), -x, x);
 }
 
+// a·b, rounded, for a sum whose rest is computed from it again: nvcc may fuse the product with one of
+// the additions and not with the other. GCC fuses it with all of them or none.
+template <class V>
+FMKERNELS_INLINE V rounded_product(V a, V b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(V) == 4) {
+    return __fmul_rn(a, b);
+  } else {
+    return __dmul_rn(a, b);
+  }
+#else
+  return a * b;
+#endif
+}
+
 // float ------------------------------------------------------------------------------------------
 
 // log(x) = e·ln 2 + f + rest for normal x > 0 = m·2^e, with m = 1 + f in [√½, √2).

@@ -98,7 +98,7 @@ FMKERNELS_INLINE void sort_pair(
       delta, settings, slopes == nullptr ? nullptr : slopes + c.slot);
   const auto reversed = delta < V(0);
   weights[c.slot] = {select(reversed, tail, V(1) - tail), select(reversed, V(1) - tail, tail)};
-  const V shift = tail * absolute(delta);
+  const V shift = rounded_product(tail, absolute(delta));
   add_exactly(select(reversed, hi, lo), shift, x[c.lo], rest[c.lo]);
   add_exactly(select(reversed, lo, hi), -shift, x[c.hi], rest[c.hi]);
   rest[c.lo] += select(reversed, hi_rest, lo_rest);

@@ -16,6 +16,7 @@ from torch import Tensor
 from fmkernels import _cuda  # type: ignore[attr-defined]
 from fmkernels._tuned import capability
 from fmkernels.ops.soft_sort.config import BlockPlan, block_plan
+from fmkernels.ops.soft_sort.kept import kept
 from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
 
@@ -42,9 +43,9 @@ def packed(network: str, n: int) -> bytes:
     return table
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def on_device(network: str, n: int, device: torch.device) -> Network:
-    """The network on a device; copied once."""
+    """The network on a device."""
     table = torch.frombuffer(bytearray(packed(network, n)), dtype=torch.int32)
     return Network(table.to(device), *sizes(network, n))
 
@@ -54,22 +55,27 @@ def plan(
     queries: int, n: int, network: str, device: torch.device, with_teacher: bool, with_grad: bool
 ) -> BlockPlan | None:
     """The launch on this device, or None if the shared memory of a block is too small."""
-    block_limit, sm_limit = _cuda.shared_limits(device.index)
+    limits = _cuda.shared_limits(device.index)
+    return plan_within(limits, queries, n, network, with_teacher, with_grad, capability(device))
+
+
+def plan_within(
+    limits: tuple[int, int],
+    queries: int,
+    n: int,
+    network: str,
+    with_teacher: bool,
+    with_grad: bool,
+    capability: str | None = None,
+) -> BlockPlan | None:
+    """The launch where a block and a multiprocessor have so many bytes of shared memory."""
     comparators, tape = sizes(network, n)
 
     def shared_bytes(rows: int) -> int:
         needed: int = _cuda.shared_bytes(n, comparators, tape, rows, with_teacher, with_grad)
         return needed
 
-    return block_plan(
-        queries,
-        n,
-        block_limit,
-        sm_limit,
-        shared_bytes,
-        capability(device),
-        with_teacher=with_teacher,
-    )
+    return block_plan(queries, n, *limits, shared_bytes, capability, with_teacher=with_teacher)
 
 
 def launch_arguments(

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fmkernels.ops.soft_sort.kept import kept
 from fmkernels.ops.soft_sort.networks import layers
 
 DISTRIBUTIONS = ("logistic", "logistic_phi", "gaussian", "reciprocal", "cauchy", "optimal")
@@ -119,13 +120,18 @@ def difference(state: Tensor, layer: Swap) -> Tensor:
     return state[..., layer.lo] - state[..., layer.hi]
 
 
+@kept
+def wires_on(network: str, n: int, device: torch.device) -> list[Tensor]:
+    """The lo and hi wires of every layer, each (2, comparators)."""
+    return [torch.tensor(wires, device=device) for wires in layers(network, n)]
+
+
 def sort_values(
     scores: Tensor, steepness: float, network: str, distribution: str, art_lambda: float
 ) -> tuple[Tensor, list[Swap]]:
     """The soft-sorted values (rows, n) and every layer's weights."""
     values, trace = scores, []
-    for wires in layers(network, scores.shape[-1]):
-        lo, hi = torch.tensor(wires, device=scores.device)
+    for lo, hi in wires_on(network, scores.shape[-1], scores.device):
         delta = values[:, hi] - values[:, lo]
         layer = Swap(lo, hi, *soft_swap(delta, steepness, distribution, art_lambda))
         trace.append(layer)

@@ -16,7 +16,6 @@ csrc/include/fmkernels/soft_sort.h.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from fmkernels._tuned import capability
 from fmkernels.ops.soft_sort.config import Config, Plan, heuristic, launch_plan
+from fmkernels.ops.soft_sort.kept import kept
 from fmkernels.ops.soft_sort.networks import layers
 from fmkernels.ops.soft_sort.triton_math import cauchy_tail, divide, erfc, exp, power
 
@@ -151,7 +151,11 @@ def sort_rows_backward(
         )
         other = tl.gather(grad, tl.broadcast_to(partner[None, :], (R, N)), 1)
         difference = tl.load(p_tape + i_layer * (R * N) + o_tile)
-        tl.store(p_layer + 4 * size, grad_keep + tl.sum((grad - other) * difference, axis=0))
+        grad_keep += tl.sum((grad - other) * difference, axis=0)
+        # Several warps may hold the same wire, and one that stores be ahead of one that has yet to
+        # load. Whether the sum makes them wait depends on the tile and the number of warps.
+        tl.debug_barrier()
+        tl.store(p_layer + 4 * size, grad_keep)
         grad = keep[None, :] * grad + swap[None, :] * other
 
 
@@ -249,7 +253,7 @@ def soft_sort_bwd_kernel(
         tl.store(p_grad_scores + o_query + o_wire, b_grad, mask=m_wire)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def network_table(network: str, n: int, wires: int, device: torch.device) -> Tensor:
     """(layers, wires) int32: every wire's partner, plus IS_LO; a wire without one has itself."""
     table = torch.arange(wires, dtype=torch.int32).repeat(len(layers(network, n)), 1)
