@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -95,6 +96,17 @@ def non_negative(op: str, argument: str, value: Any) -> None:
         raise TypeError(f"{op}: {argument}: expected a number, got {type(value).__name__}")
     if not 0.0 <= value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{op}: {argument}: expected a finite number >= 0, got {value}")
+
+
+def positive_integer(op: str, argument: str, value: SupportsIndex, otherwise: str = "") -> int:
+    """An integer of any kind (NumPy's, too), as Python's; ``otherwise`` says what else fits."""
+    try:
+        checked = operator.index(value)
+    except TypeError:
+        checked = 0
+    if checked < 1:
+        raise ValueError(f"{op}: {argument}: expected an integer >= 1{otherwise}, got {value!r}")
+    return checked
 
 
 def plain(settings: tuple[Any, ...]) -> tuple[Any, ...]:

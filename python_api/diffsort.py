@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import SupportsIndex
 
 import torch
@@ -61,7 +60,7 @@ class DiffSortNet(nn.Module):
                 )
             distribution = interpolation_type
         self.sorting_network_type = sorting_network_type
-        self.size = self._checked_size(size)
+        self.size = _checks.positive_integer("DiffSortNet", "size", size)
         self.steepness = steepness
         self.art_lambda = art_lambda
         self.distribution = distribution
@@ -69,16 +68,6 @@ class DiffSortNet(nn.Module):
         _checks.choice(op, "sorting_network_type", sorting_network_type, NETWORKS)
         check_settings(op, steepness, sorting_network_type, distribution, art_lambda)
         check_sorts(op, sorting_network_type, self.size)
-
-    @staticmethod
-    def _checked_size(size: SupportsIndex) -> int:
-        try:
-            checked = operator.index(size)
-        except TypeError:
-            checked = 0
-        if checked < 1:
-            raise ValueError(f"DiffSortNet: size: expected an integer >= 1, got {size!r}")
-        return checked
 
     def _sort(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         return soft_sort(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
+import functools
 from collections.abc import Sequence
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +86,9 @@ class NeCoLoss(nn.Module):
         num_globals: int = 2,
     ) -> None:
         super().__init__()
-        grid_size = _positive("grid_size", grid_size)
-        dim, num_globals = _positive("dim", dim), _positive("num_globals", num_globals)
+        positive = functools.partial(_checks.positive_integer, "NeCoLoss")
+        grid_size = positive("grid_size", grid_size)
+        dim, num_globals = positive("dim", dim), positive("num_globals", num_globals)
         _checks.choice("NeCoLoss", "metric", metric, METRICS)
         check_settings("NeCoLoss", steepness, network, distribution, art_lambda)
         if teacher_steepness is not None:
@@ -104,7 +104,7 @@ class NeCoLoss(nn.Module):
         self.art_lambda = art_lambda
         self.queue = None
         if queue_size is not None:
-            queue_size = _positive("queue_size", queue_size, ", or None for no queue")
+            queue_size = positive("queue_size", queue_size, ", or None for no queue")
             self.queue = ReferenceQueue(queue_size, dim, num_globals)
 
     def forward(
@@ -339,16 +339,6 @@ class NeCoLoss(nn.Module):
             f"grid_size={self.grid_size}, metric={self.metric!r}, steepness={self.steepness}, "
             f"network={self.network!r}, distribution={self.distribution!r}"
         )
-
-
-def _positive(argument: str, value: SupportsIndex, or_none: str = "") -> int:
-    try:
-        checked = operator.index(value)
-    except TypeError:
-        checked = 0
-    if checked < 1:
-        raise ValueError(f"NeCoLoss: {argument}: expected an integer >= 1{or_none}, got {value!r}")
-    return checked
 
 
 def without(boxes: Tensor, index: int) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fmkernels import _checks
 
 
 class ProjectionHead(nn.Sequential):
@@ -38,10 +41,9 @@ class ProjectionHead(nn.Sequential):
     def __init__(
         self, in_dim: int, hidden_dim: int = 2048, out_dim: int = 256, num_layers: int = 3
     ) -> None:
-        widths_given = {"in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim}
-        for name, value in (widths_given | {"num_layers": num_layers}).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"ProjectionHead: {name}: expected an integer >= 1, got {value!r}")
+        positive = functools.partial(_checks.positive_integer, "ProjectionHead")
+        in_dim, hidden_dim = positive("in_dim", in_dim), positive("hidden_dim", hidden_dim)
+        out_dim, num_layers = positive("out_dim", out_dim), positive("num_layers", num_layers)
         widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
         layers: list[nn.Module] = []
         for width, next_width in itertools.pairwise(widths):
