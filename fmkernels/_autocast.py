@@ -31,9 +31,13 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if rounded else tensor.dtype
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _rounds_factors(device: str) -> bool:
     """Compiled code has its own guard on the setting."""
     if device == "cuda":
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return device == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("tf32", "bf16")
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return device == "cpu" and products.fp32_precision in ("tf32", "bf16")
+
+
+# torch.compiler.assume_constant_result, which would import the compiler to do no more than this
+_rounds_factors._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fmkernels import _checks, soft_sort
-from fmkernels.ops.soft_sort import DISTRIBUTIONS, NETWORKS, check_settings, check_sorts
+from fmkernels.ops.soft_sort import check_settings, check_sorts
+from fmkernels.ops.soft_sort.networks import NETWORKS
+from fmkernels.ops.soft_sort.reference import DISTRIBUTIONS
 
 
 class DiffSortNet(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmkernels import _cuda  # type: ignore[attr-defined]
+import fmkernels._cuda as _cuda
 from fmkernels._tuned import capability
 from fmkernels.ops.soft_sort.config import BlockPlan, block_plan
 from fmkernels.ops.soft_sort.kept import kept

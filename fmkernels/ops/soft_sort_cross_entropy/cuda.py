@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor
 
-from fmkernels import _cuda  # type: ignore[attr-defined]
+import fmkernels._cuda as _cuda
 from fmkernels.ops.soft_sort.cuda import dense, launch_arguments
 from fmkernels.ops.soft_sort_cross_entropy.gpu import loss_alone, loss_and_gradient
 
