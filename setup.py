@@ -9,6 +9,7 @@ without nvcc, likewise, without the CUDA kernels. Those know nothing of torch, o
 
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -127,6 +128,7 @@ class BuildExtension(build_ext):
         reason = why_pure_python()
         cuda_reason = reason or why_no_cuda()
         facts = {"reason": reason, "cuda_reason": cuda_reason, "revision": revision()}
+        facts["sources"] = runpy.run_path(str(ROOT / "fmkernels" / "_sources.py"))["digest"](ROOT)
         lines = ['"""Written by the build."""', ""]
         lines += [f"{name} = {value!r}" for name, value in facts.items()]
         record.write_text("\n".join(lines) + "\n")

@@ -79,6 +79,9 @@ GPU_ERRORS = {"cuda": _why_no_cuda(), "triton": _why_no_triton()}
 MIN_CAPABILITY = (8, 0)
 """Of a GPU for which the CUDA library has code."""
 
+MISSING_CAPABILITY = 11
+"""Between the machine code for 10 and the PTX for 12."""
+
 
 @functools.cache
 def cuda_error(device: int) -> str | None:
@@ -88,9 +91,9 @@ def cuda_error(device: int) -> str | None:
     except ImportError as error:
         return f"the CUDA library does not load: {error}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    if capability < MIN_CAPABILITY or capability[0] == MISSING_CAPABILITY:
         needed, found = ("{}.{}".format(*pair) for pair in (MIN_CAPABILITY, capability))
-        return f"needs compute capability {needed}, and this GPU has {found}"
+        return f"needs compute capability {needed} or later, not 11; this GPU has {found}"
     try:
         library.shared_limits(device)  # the least that asks the driver
     except RuntimeError as error:
@@ -229,6 +232,8 @@ class Op:
                 kernel = getattr(importlib.import_module(module), self.name)
                 with torch.cuda.device(device):  # kernels start on the current device
                     return kernel(*args)
+        if _requested in GPU_ERRORS:  # a call that was compiled, or a backward pass
+            raise self._refusal(args)
         return self._reference.overload(*args)
 
     def _register(
@@ -329,17 +334,32 @@ class Op:
     def _select(self, args: tuple[Any, ...]) -> _Route:
         if _requested == "reference":
             return self._reference
-        if self.why_not(_requested, *args) is not None:
-            reasons = "; ".join(
-                f"{name}: {self.why_not(name, *args) or 'can run'}" for name in BACKENDS
-            )
-            raise RuntimeError(
-                f"{self.name}: backend {_requested!r} cannot run this call ({reasons})"
-            )
+        # a GPU and its limits are asked where compiled code runs: that cannot be traced
+        why_not = self._why_not_anywhere if is_compiling() else self.why_not
+        if why_not(_requested, *args) is not None:
+            raise self._refusal(args)
         return self._main
+
+    def _refusal(self, args: tuple[Any, ...]) -> RuntimeError:
+        reasons = "; ".join(
+            f"{name}: {self.why_not(name, *args) or 'can run'}" for name in BACKENDS
+        )
+        return RuntimeError(f"{self.name}: backend {_requested!r} cannot run this call ({reasons})")
 
     def why_not(self, backend: str, *args: Any) -> str | None:
         """Why ``backend`` cannot run this op (on these arguments, if given), or None if it can."""
+        reason = self._why_not_anywhere(backend, *args)
+        if reason is not None or backend == "reference":
+            return reason
+        if backend in GPU_ERRORS:
+            gpus = [arg.device.index for arg in args if isinstance(arg, Tensor)]
+            error = _gpu_error(backend, gpus[0] if gpus else torch.cuda.current_device())
+            if error is not None:
+                return error
+        return self.limits[backend](*args) if args else None
+
+    def _why_not_anywhere(self, backend: str, *args: Any) -> str | None:
+        """The reasons that hold on any GPU and for any size."""
         if backend == "reference":
             return None
         if backend == "cpp" and native is None:
@@ -353,12 +373,7 @@ class Op:
         devices = {arg.device.type for arg in args if isinstance(arg, Tensor)}
         if devices - {DEVICE_OF[backend]}:
             return f"needs tensors on {DEVICE_OF[backend]}, got {', '.join(sorted(devices))}"
-        if backend in GPU_ERRORS:
-            gpus = [arg.device.index for arg in args if isinstance(arg, Tensor)]
-            error = _gpu_error(backend, gpus[0] if gpus else torch.cuda.current_device())
-            if error is not None:
-                return error
-        return self.limits[backend](*args) if args else None
+        return None
 
     @property
     def gpu_kernels(self) -> tuple[str, ...]:

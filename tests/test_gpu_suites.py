@@ -58,13 +58,7 @@ def test_nothing_is_verified_by_half_a_run():
 
 
 def test_what_the_package_says_is_what_the_committed_results_say():
-    results = [json.loads(path.read_text()) for path in accept.RESULTS.glob("gpu-tests-*.json")]
-    dates = {}
-    for tests in sorted(results, key=lambda content: content["date"]):
-        device = accept.slug(tests)
-        sanitizer = accept.read(accept.RESULTS / f"gpu-sanitizer-{device}.json")
-        dates = accept.verified(dates, tests, sanitizer or None)
-    assert accept.read(info.VERIFIED) == dates
+    assert accept.read(info.VERIFIED) == accept.verified_by(accept.RESULTS)
 
 
 def launch(ms, **values):
@@ -76,10 +70,15 @@ def test_the_fastest_launch_within_the_budget_is_taken():
         "triton": {"64": [launch(1.0, rows=32), launch(2.0, rows=8), launch(3.0, rows=4)]},
         "cuda": {"64": [{"failed": "too large", "values": {"passes": 1}}, launch(4.0, passes=2)]},
     }
-    before = {"8.0": {"soft_sort": {}}}
+    before = {"8.0": {"soft_sort": {}}, "9.0": {"soft_sort": {"cuda": {"16": {"passes": 1}}}}}
     assert accept.tuned(before, suite(results), lambda *launch: launch[2] != {"rows": 32}) == {
         "8.0": {"soft_sort": {}},
-        "9.0": {"soft_sort": {"triton": {"64": {"rows": 8}}, "cuda": {"64": {"passes": 2}}}},
+        "9.0": {
+            "soft_sort": {
+                "triton": {"64": {"rows": 8}},
+                "cuda": {"16": {"passes": 1}, "64": {"passes": 2}},
+            }
+        },
     }
 
 
@@ -147,10 +146,28 @@ def test_accepted_results_are_written_together(tmp_path):
         "verified.json",
         "gpu_order.json",
     }
-    assert json.loads((configs / "verified.json").read_text()) == accept.verified({}, suite(GREEN))
+    assert accept.read(configs / "verified.json") == {"soft_sort": {"cuda": "2026-11-24"}}
 
 
-@pytest.mark.parametrize("content", [None, suite(GREEN, dry_run=True)], ids=["none", "dry run"])
+def test_a_sanitizer_that_runs_later_counts(tmp_path):
+    source = tmp_path / "out"
+    source.mkdir()
+    write(source, tests=suite(GREEN))
+    accept.accept(source, tmp_path, tmp_path)
+    (source / "gpu-tests.json").unlink()
+    write(source, sanitizer=suite({"cuda": {"memcheck": {"outcome": "found errors"}}}))
+    accept.accept(source, tmp_path, tmp_path)
+    assert accept.read(tmp_path / "verified.json") == {}
+
+
+NO_RESULTS = {
+    "none": None,
+    "dry run": suite(GREEN, dry_run=True),
+    "a part": suite(GREEN, finished=False),
+}
+
+
+@pytest.mark.parametrize("content", NO_RESULTS.values(), ids=NO_RESULTS)
 def test_what_is_no_result_is_refused(tmp_path, content):
     source, target = tmp_path / "out", tmp_path / "configs"
     source.mkdir()
@@ -179,7 +196,7 @@ def gpu(*arguments, site=None):
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["swim"], 2, "SUITE: expected some of tests, sanitizer, sort, tune, compiled, got swim"),
+        (["swim"], 2, "SUITE: expected some of tests, sort, tune, sanitizer, compiled, got swim"),
         (["--minutes", "0"], 2, "--minutes: expected a positive number, got 0.0"),
         (["--dry-run"], 1, "expected an installed wheel, got the checkout"),
     ],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import torch
 
 import fmkernels
-from gpu import table
+from fmkernels._sources import digest
+from gpu import process, table
 from gpu.target import DRY_RUN_ENVIRONMENT
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
@@ -34,12 +34,13 @@ class Suite(NamedTuple):
 
 SUITES = {
     "tests": Suite(270, ("pytest", str(TESTS), "-q", "-W", "default", "--gpu-results"), True),
-    "sanitizer": Suite(120, ("gpu.sanitizer",)),
-    "sort": Suite(200, ("gpu.sort",)),
+    "sort": Suite(150, ("gpu.sort",)),
     "tune": Suite(240, ("gpu.tune",)),
-    "compiled": Suite(120, ("gpu.compiled",)),
+    "sanitizer": Suite(300, ("gpu.sanitizer",)),
+    "compiled": Suite(240, ("gpu.compiled",)),
 }
-"""In the order in which they are run, until the time is over."""
+"""In the order in which they are run, until the time is over: that leaves some two minutes to
+``tune``, and the last two want a start of their own."""
 
 
 def main() -> int:
@@ -63,6 +64,7 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment |= DRY_RUN_ENVIRONMENT if options.dry_run else {}
+    os.chdir(BENCHMARKS)  # where python -m finds the suites
     outcomes = {}
     for name in options.suites or SUITES:
         (folder / f"gpu-{name}.json").unlink(missing_ok=True)
@@ -72,9 +74,20 @@ def main() -> int:
     return 0 if set(outcomes.values()) == {"finished"} else 1
 
 
+def built_from() -> str | None:
+    """The digest of the sources of the installed wheel."""
+    try:
+        from fmkernels._build_info import sources
+    except ImportError:
+        return None
+    return sources
+
+
 def why_not(dry_run: bool) -> str | None:
     if BENCHMARKS.parent in Path(fmkernels.__file__).resolve().parents[1:2]:
         return "expected an installed wheel, got the checkout; start it with `make gpu`"
+    if built_from() != digest(BENCHMARKS.parent):
+        return "the wheel in dist/ was built from other sources than these: make gpu-wheels"
     if not dry_run and not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU; `make gpu-dry-run` needs none"
     return None
@@ -87,14 +100,11 @@ def run(name: str, folder: Path, limit_s: float, environment: dict[str, str]) ->
     suite = SUITES[name]
     command = [sys.executable, "-m", *suite.command, str(folder)]
     if suite.processes and not environment.get("FMKERNELS_GPU_DRY_RUN"):
-        command += ["-n", "6", "-p", "no:cacheprovider"]
+        # a worker ends itself after an error that spoils the GPU for it, and another takes over
+        command += ["-n", "6", "--max-worker-restart", "1000", "-p", "no:cacheprovider"]
     print(f"\n=== {name}, at most {limit_s:.0f} s", flush=True)
-    process = subprocess.Popen(command, env=environment, cwd=BENCHMARKS, start_new_session=True)
-    try:
-        code = process.wait(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # its workers, too
-        process.wait()
+    code = process.run(command, limit_s, environment)
+    if code is None:
         return f"stopped after {limit_s:.0f} s"
     return "finished" if code == 0 else f"failed ({code})"
 

@@ -48,6 +48,16 @@ def verified(before: Json, tests: Json, sanitizer: Json | None = None) -> Json:
     return {op: backends for op, backends in sorted(after.items()) if backends}
 
 
+def verified_by(results: Path) -> Json:
+    """What all committed results say, the oldest first."""
+    dates: Json = {}
+    found = [read(path) for path in results.glob("gpu-tests-*.json")]
+    for tests in sorted(found, key=lambda content: content["date"]):
+        sanitizer = read(results / f"gpu-sanitizer-{slug(tests)}.json")
+        dates = verified(dates, tests, sanitizer or None)
+    return dates
+
+
 def tuned(before: Json, tune: Json, within_budget: Callable[[str, str, Json], bool]) -> Json:
     """The fastest launches of the device, of those that keep to the budget."""
     device: Json = {}
@@ -57,7 +67,10 @@ def tuned(before: Json, tune: Json, within_budget: Callable[[str, str, Json], bo
                 if "ms" in found and within_budget(backend, size, found["values"]):
                     device.setdefault(backend, {})[size] = found["values"]
                     break
-    return before | {tune["capability"]: {"soft_sort": device}}
+    known = before.get(tune["capability"], {}).get("soft_sort", {})
+    for backend, sizes in device.items():
+        known = known | {backend: known.get(backend, {}) | sizes}
+    return before | {tune["capability"]: {"soft_sort": known}}
 
 
 def gpu_order(sort: Json) -> Json | None:
@@ -108,7 +121,8 @@ def accept(folder: Path, results: Path = RESULTS, configs: Path = CONFIGS) -> li
     """Write everything; returns what was written.
 
     Raises:
-        ValueError: there is no result, or one is of a dry run; nothing has been written then.
+        ValueError: there is no result, one is of a dry run, or the tests did not come to their end;
+            nothing has been written then.
     """
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))}
     if not found:
@@ -116,12 +130,14 @@ def accept(folder: Path, results: Path = RESULTS, configs: Path = CONFIGS) -> li
     dry = [name for name, content in found.items() if content["dry_run"]]
     if dry:
         raise ValueError(f"accept: expected results of a GPU, got a dry run's: {', '.join(dry)}")
+    empty = [name for name, content in found.items() if not content["results"]]
+    if empty:
+        raise ValueError(f"accept: {', '.join(empty)}: expected results in it, got none")
+    if not found.get("gpu-tests", {"finished": True})["finished"]:
+        raise ValueError("accept: gpu-tests: expected tests that came to their end, got a part")
     outputs: dict[Path, Json] = {}
     for name, content in found.items():
         outputs[results / f"{name}-{slug(content)}.json"] = content
-    if "gpu-tests" in found:
-        path = configs / "verified.json"
-        outputs[path] = verified(read(path), found["gpu-tests"], found.get("gpu-sanitizer"))
     if "gpu-tune" in found:
         path, tune = configs / "tuned.json", found["gpu-tune"]
         outputs[path] = tuned(read(path), tune, triton_within_budget(tune["capability"]))
@@ -129,13 +145,20 @@ def accept(folder: Path, results: Path = RESULTS, configs: Path = CONFIGS) -> li
     if order is not None:
         outputs[configs / "gpu_order.json"] = order
     for path, content in outputs.items():
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    return list(outputs)
+        write(path, content)
+    if {"gpu-tests", "gpu-sanitizer"} & found.keys():
+        write(configs / "verified.json", verified_by(results))
+        return [*outputs, configs / "verified.json"]
+    return [*outputs]
 
 
 def slug(content: Json) -> str:
     """The device as a part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+
+
+def write(path: Path, content: Json) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read(path: Path) -> Json:

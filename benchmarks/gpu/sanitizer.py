@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,14 @@ from typing import Any
 import torch
 
 import fmkernels
+from gpu import process
 from gpu.record import Record
 from gpu.target import BACKENDS, DEVICE, DRY_RUN, prepare, running
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
+KERNELS = "soft_sort"
+"""What all of their names have."""
+
 FOUND = 86
 """The exit code that means a finding."""
 
@@ -46,22 +50,27 @@ def check(tool: str, backend: str, command: list[str]) -> dict[str, Any]:
     start = time.monotonic()
     # PyTorch's own cache would hide what lies behind the end of a tensor
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            [*command, sys.executable, "-m", "gpu.sanitizer", "--small", backend],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LIMIT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return {"outcome": f"no result in {LIMIT_S} s"}
-    outcome = {0: "clean", FOUND: "found errors"}.get(done.returncode, "did not run")
-    facts: dict[str, Any] = {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
-    if done.returncode != 0:
-        facts["output"] = done.stdout[-2000:]
+    program = [*command, sys.executable, "-m", "gpu.sanitizer", "--small", backend]
+    with tempfile.TemporaryFile("w+") as output:
+        code = process.run(program, LIMIT_S, environment, output)
+        output.seek(0)
+        text = output.read()
+    facts: dict[str, Any] = {
+        "outcome": outcome(code, text),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    if code != 0:
+        facts["output"] = text[-2000:]
     return facts
+
+
+def outcome(code: int | None, text: str) -> str:
+    """In words. PyTorch's kernels run, too, and an error in one of theirs is not ours."""
+    if code is None:
+        return f"no result in {LIMIT_S} s"
+    if code == FOUND:
+        return "found errors" if KERNELS in text else "did not reach our kernels"
+    return "clean" if code == 0 else "did not run"
 
 
 def main(folder: str) -> None:
@@ -79,6 +88,8 @@ def main(folder: str) -> None:
             record.results[backend] = {}
             for tool in TOOLS:
                 options = ["--tool", tool, "--error-exitcode", str(FOUND)]
+                if tool == "memcheck":  # libraries ask for what is not there, on purpose
+                    options += ["--report-api-errors", "no"]
                 record.results[backend][tool] = check(tool, backend, [program, *options])
                 record.write()
                 print(backend, tool, record.results[backend][tool]["outcome"], flush=True)

@@ -82,9 +82,21 @@ def compile_ahead(job: tuple[str, str, dict[str, Any], int]) -> None:
         step_of(backend, n, 16)()
 
 
-def time_of(backend: str, wires: str, candidate: dict[str, Any], step: Any) -> dict[str, Any]:
+def takes(n: int, passes: int) -> bool:
+    """Whether a block of the loss with its gradient holds the rows of a pass."""
+    from fmkernels.ops.soft_sort import cuda
+
+    plan = cuda.plan(1, n, "bitonic", DEVICE, True, True)
+    return plan is not None and plan.rows == -(-n // passes)
+
+
+def time_of(
+    backend: str, wires: str, n: int, candidate: dict[str, Any], step: Callable[[], Any]
+) -> dict[str, Any]:
     try:
         with using(backend, wires, candidate):
+            if backend == "cuda" and not takes(n, candidate["passes"]):
+                return {"failed": "a block does not hold so many rows", "values": candidate}
             return {"ms": clock.milliseconds(step), "values": candidate}
     except Exception as error:  # a launch that the device refuses is a result
         return {
@@ -97,19 +109,19 @@ def main(folder: str) -> None:
     prepare()
     record = Record(Path(folder), "tune")
     spawn = multiprocessing.get_context("spawn")
+    pool = None if DRY_RUN else ProcessPoolExecutor(8, mp_context=spawn)
     for wires, (n, queries) in SIZES.items():
         if DRY_RUN:
             n, queries = 2, 1
         candidates = {"triton": triton_candidates(int(wires)), "cuda": cuda_candidates(n)}
-        if DRY_RUN:
+        if pool is None:
             candidates = {backend: some[:2] for backend, some in candidates.items()}
-        if not DRY_RUN:
+        else:
             jobs = [("triton", wires, candidate, n) for candidate in candidates["triton"]]
-            with ProcessPoolExecutor(8, mp_context=spawn) as pool:
-                list(pool.map(compile_ahead, jobs))
+            list(pool.map(compile_ahead, jobs))
         for backend in BACKENDS:
             step = step_of(backend, n, queries)
-            times = [time_of(backend, wires, each, step) for each in candidates[backend]]
+            times = [time_of(backend, wires, n, each, step) for each in candidates[backend]]
             times.sort(key=lambda found: found.get("ms", {}).get("median", float("inf")))
             record.results.setdefault(backend, {})[wires] = times
             record.write()

@@ -1,6 +1,7 @@
 """The sort on a GPU: both kernels, at real sizes, beside the reference on the same device."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 
 
 def test_the_library_of_the_wheel_loads_without_a_driver():
-    library = pytest.importorskip("fmkernels._cuda")
+    load = pytest.importorskip if DRY_RUN else importlib.import_module  # a build without nvcc
+    library = load("fmkernels._cuda")
     assert library.plan("bitonic", 49)
     assert library.shared_bytes(49, 483, 270, 49, True, True) > 0
 
@@ -94,7 +96,8 @@ def test_the_loss_alone_is_that_with_a_gradient(dtype, backend, verifies, device
     with running(backend):
         for reduction in ("mean", "sum", "none"):
             alone = loss(student, reduction=reduction)
-            assert torch.equal(alone, loss(student.clone().requires_grad_(), reduction=reduction))
+            with_gradient = loss(student.clone().requires_grad_(), reduction=reduction)
+            torch.testing.assert_close(alone, with_gradient)
 
 
 @few

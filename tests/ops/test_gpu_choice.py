@@ -84,7 +84,7 @@ def old_driver(_):
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        ({"capability": (7, 5)}, "needs compute capability 8.0, and this GPU has 7.5"),
+        ({"capability": (7, 5)}, "needs compute capability 8.0 or later, not 11; this GPU has 7.5"),
         ({"library": None}, "the CUDA library does not load: "),
         ({"probe": old_driver}, "does not run on this GPU: CUDA: CUDA driver version is insuff"),
     ],
@@ -121,3 +121,19 @@ def test_a_build_without_nvcc_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, record.__name__, record)
     monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: None)
     assert _library._why_no_cuda() == record.cuda_reason
+
+
+def test_a_forced_kernel_that_does_not_take_the_call_is_refused_where_it_runs(kernels):
+    kernels["cuda"] = "too long"
+    with fmkernels.backend("cuda"), pytest.raises(RuntimeError, match="'cuda' cannot run this"):
+        SOFT_SORT._run_gpu(SCORES)
+
+
+def test_a_forced_kernel_is_compiled_without_asking_the_gpu(kernels, monkeypatch):
+    monkeypatch.setattr(_library.Op, "_why_not_anywhere", lambda *_: None)
+    monkeypatch.setattr(_library, "cuda_error", lambda _: pytest.fail("it was asked"))
+    torch._dynamo.reset()
+    compiled = torch.compile(fmkernels.soft_sort, fullgraph=True, backend="eager")
+    with fmkernels.backend("cuda"):
+        values, _ = compiled(SCORES)
+    assert torch.equal(values, fmkernels.soft_sort(SCORES)[0])

@@ -4,6 +4,7 @@ No kernel may have a stack or local memory: a spilled register costs a trip thro
 cache at every use.
 """
 
+import re
 from typing import NamedTuple
 
 
@@ -12,6 +13,8 @@ class Budget(NamedTuple):
 
     registers: int
     shared_bytes: int
+    matrix_instructions: tuple[str, ...] = ()
+    """Those that its code must have, such as ``"wgmma"``; it may have no others."""
 
 
 BUDGETS = {
@@ -79,4 +82,16 @@ def violations(kernel, architecture, used):
         f"{kernel} on {architecture}: {name}: {getattr(used, name)} used, {limit} allowed"
         for name, limit in limits.items()
         if getattr(used, name) > limit
+    ]
+
+
+def matrix_violations(kernel, architecture, ptx):
+    """Matrix instructions that the kernel's PTX has and should not have, or the reverse."""
+    found = {*re.findall(r"\b(wgmma|tcgen05\.mma|mma)\.", ptx)}
+    wanted = {*BUDGETS[kernel].matrix_instructions}
+    if found == wanted:
+        return []
+    words = (", ".join(sorted(names)) or "none" for names in (found, wanted))
+    return [
+        "{} on {}: matrix instructions: {} found, {} wanted".format(kernel, architecture, *words)
     ]

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")  # for its cuobjdump
 
-from budgets import BLOCKS, BUDGETS, SHARED, violations
+from budgets import BLOCKS, BUDGETS, SHARED, matrix_violations, violations
 from resource_usage import CUOBJDUMP, resource_usage
 
 from fmkernels.ops.soft_sort.config import MAX_CUDA_SIZE, RESERVED_BYTES
@@ -80,11 +80,23 @@ def test_within_budget(kernels):
     assert found == []
 
 
-def test_the_shift_of_a_comparator_is_a_product_of_its_own(kernels):
-    """``mul.rn`` is never fused with an addition; what is only ``mul`` may be."""
+@pytest.fixture(scope="module")
+def entries():
+    """The PTX of every kernel."""
     command = [CUOBJDUMP, "--dump-ptx", library()]
     ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    entries = ptx.split(".entry ")[1:]
+    return ptx.split(".entry ")[1:]
+
+
+def test_matrix_instructions(entries):
+    found = []
+    for entry in entries:
+        found += matrix_violations(named(entry), "compute_120", entry)
+    assert found == []
+
+
+def test_the_shift_of_a_comparator_is_a_product_of_its_own(entries):
+    """``mul.rn`` is never fused with an addition; what is only ``mul`` may be."""
     assert {name for name in KERNELS for entry in entries if name in entry} == KERNELS
     for entry in entries:
         assert entry.count("mul.rn.f32") >= len(DISTRIBUTIONS)

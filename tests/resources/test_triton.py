@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from budgets import BUDGETS, violations
+from budgets import BUDGETS, matrix_violations, violations
 from resource_usage import Resources
 from triton_aot import resources
 from triton_sort import BY_NAME, POINTERS, compile_for
@@ -30,8 +30,9 @@ CASES += [{"n": 49, "queries": 7}, *({"n": n, "queries": 7, "aligned": False} fo
 def test_within_budget(name, capability):
     found = []
     for case in CASES:
-        used = resources(compile_for(name, capability, **case))
-        found += violations(name, f"sm_{capability}, {case}", used)
+        kernel, where = compile_for(name, capability, **case), f"sm_{capability}, {case}"
+        found += violations(name, where, resources(kernel))
+        found += matrix_violations(name, where, kernel.asm["ptx"])
     assert found == []
 
 
@@ -52,6 +53,18 @@ def test_what_is_compiled_is_what_is_launched(name):
     assert multiples_of_16(n=64) == pointers | {"queries", "n", "slot"}
     assert multiples_of_16(n=49, queries=7) == pointers | {"slot"}
     assert multiples_of_16(n=64, queries=7, aligned=False) == pointers - inputs | {"n", "slot"}
+
+
+def test_matrix_instructions_are_found_and_missed(monkeypatch):
+    name = "soft_sort_fwd_kernel"
+    wgmma = "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1;"
+    told = f"{name} on sm_90: matrix instructions: wgmma found, none wanted"
+    assert matrix_violations(name, "sm_90", wgmma) == [told]
+    budget = BUDGETS[name]._replace(matrix_instructions=("mma",))
+    monkeypatch.setitem(BUDGETS, name, budget)
+    assert matrix_violations(name, "sm_80", "mma.sync.aligned.m16n8k16") == []
+    told = f"{name} on sm_80: matrix instructions: none found, mma wanted"
+    assert matrix_violations(name, "sm_80", "fma.rn.f32 %f1") == [told]
 
 
 def test_every_kernel_has_a_budget():

@@ -66,7 +66,7 @@ def soft_sort(
     Numerics:
         Computed in float32 (float64 for float64). Every entry of P is a sum of products of
         positive weights, so it keeps its relative precision down to the smallest normal number.
-        The CPU kernel also carries what rounding takes from the values.
+        The kernels also carry what rounding takes from the values.
 
     Source:
         Petersen et al., *Monotonic differentiable sorting networks*, ICLR 2022.

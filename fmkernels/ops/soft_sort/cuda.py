@@ -75,7 +75,8 @@ def plan_within(
         needed: int = _cuda.shared_bytes(n, comparators, tape, rows, with_teacher, with_grad)
         return needed
 
-    return block_plan(queries, n, *limits, shared_bytes, capability, with_teacher=with_teacher)
+    tuned_for = capability if with_grad else None  # what is tuned is the loss with its gradient
+    return block_plan(queries, n, *limits, shared_bytes, tuned_for, with_teacher=with_teacher)
 
 
 def launch_arguments(
