@@ -29,7 +29,7 @@ def test_neco_loss(capsys):
 def test_neco_training():
     pytest.importorskip("sklearn")
     losses = load("neco_training").main(steps=30)
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.2  # 3.48 to 3.12 when this was written
 
 
 def test_diffsort_dropin():
