@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import parity
+from torch import Tensor
 from workloads import Sorting
 
 from fmkernels import _tuned
 from fmkernels.ops.soft_sort.config import Config, all_passes, heuristic
+from fmkernels.testing import assert_parity
 from gpu import clock, table
 from gpu.record import Record
 from gpu.target import BACKENDS, DEVICE, DRY_RUN, prepare, running
@@ -70,8 +74,10 @@ def using(backend: str, wires: str, candidate: dict[str, Any]) -> Iterator[None]
         yield
 
 
-def step_of(backend: str, n: int, queries: int) -> Callable[[], Any]:
-    return Sorting(queries, n).step("fmkernels", device=DEVICE)
+@functools.cache
+def float32_gradient(workload: Sorting) -> Tensor:
+    """The reference's."""
+    return workload.step("reference", device=DEVICE)()
 
 
 def compile_ahead(job: tuple[str, str, dict[str, Any], int]) -> None:
@@ -79,7 +85,7 @@ def compile_ahead(job: tuple[str, str, dict[str, Any], int]) -> None:
     backend, wires, candidate, n = job
     prepare()
     with contextlib.suppress(Exception), using(backend, wires, candidate):
-        step_of(backend, n, 16)()
+        Sorting(16, n).step("fmkernels", device=DEVICE)()
 
 
 def takes(n: int, passes: int) -> bool:
@@ -91,12 +97,16 @@ def takes(n: int, passes: int) -> bool:
 
 
 def time_of(
-    backend: str, wires: str, n: int, candidate: dict[str, Any], step: Callable[[], Any]
+    backend: str, wires: str, workload: Sorting, candidate: dict[str, Any]
 ) -> dict[str, Any]:
+    """Of a gradient that was checked before."""
     try:
         with using(backend, wires, candidate):
-            if backend == "cuda" and not takes(n, candidate["passes"]):
+            if backend == "cuda" and not takes(workload.n, candidate["passes"]):
                 return {"failed": "a block does not hold so many rows", "values": candidate}
+            step = workload.step("fmkernels", device=DEVICE)
+            exact = parity.exact_gradient(workload, DEVICE)
+            assert_parity(step(), float32_gradient(workload), exact)
             return {"ms": clock.milliseconds(step), "values": candidate}
     except Exception as error:  # a launch that the device refuses is a result
         return {
@@ -120,8 +130,8 @@ def main(folder: str) -> None:
             jobs = [("triton", wires, candidate, n) for candidate in candidates["triton"]]
             list(pool.map(compile_ahead, jobs))
         for backend in BACKENDS:
-            step = step_of(backend, n, queries)
-            times = [time_of(backend, wires, n, each, step) for each in candidates[backend]]
+            workload = Sorting(queries, n)
+            times = [time_of(backend, wires, workload, each) for each in candidates[backend]]
             times.sort(key=lambda found: found.get("ms", {}).get("median", float("inf")))
             record.results.setdefault(backend, {})[wires] = times
             record.write()
