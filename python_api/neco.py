@@ -146,8 +146,8 @@ class NeCoLoss(nn.Module):
         dtype = self._check(student_maps, teacher_maps, boxes, mask)
         if references is not None:
             self._check_references(references, student_maps)
-        elif self.queue is not None:
-            self._check_queue(student_maps[0])
+        if self.queue is not None:
+            self._check_queue(self.queue, student_maps[0], draws=references is None)
         device = student_maps[0].device
         with without_autocast(student_maps[0]):
             student_maps = [tokens.to(dtype) for tokens in student_maps]
@@ -267,30 +267,30 @@ class NeCoLoss(nn.Module):
             _check_mask(mask, teacher_maps)
         return dtype
 
-    def _check_queue(self, tokens: Tensor) -> None:
-        assert self.queue is not None
+    def _check_queue(self, queue: ReferenceQueue, tokens: Tensor, draws: bool) -> None:
         batch, dim = tokens.shape[:2]
-        if not is_compiling() and torch._C._current_graph_task_id() != -1:
+        uses_it = self.training or draws
+        if uses_it and not is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "NeCoLoss: queue: expected one forward pass per step, got another inside of "
-                "backward (activation checkpointing?), which would draw other references; "
-                "checkpoint the backbone, not the loss, or pass references"
+                "backward (activation checkpointing?), which would fill the queue and draw from it "
+                "again; checkpoint the backbone, not the loss"
             )
-        if dim != self.queue.patches.shape[2]:
+        if dim != queue.patches.shape[2]:
             raise ValueError(
                 f"NeCoLoss: student_maps: expected maps of the queue's width "
-                f"{self.queue.patches.shape[2]} (the argument dim), got {dim}"
+                f"{queue.patches.shape[2]} (the argument dim), got {dim}"
             )
-        if self.queue.patches.device != tokens.device:
+        if queue.patches.device != tokens.device:
             raise ValueError(
                 f"NeCoLoss: student_maps: expected the device of the queue, "
-                f"{self.queue.patches.device}, got {tokens.device}; move the loss with .to()"
+                f"{queue.patches.device}, got {tokens.device}; move the loss with .to()"
             )
         needed = batch * self.grid_size**2
-        if needed > self.queue.size:
+        if draws and needed > queue.size:
             raise ValueError(
                 f"NeCoLoss: queue_size: expected at least {needed}, the references of a batch of "
-                f"{batch} images, got {self.queue.size}"
+                f"{batch} images, got {queue.size}"
             )
 
     def _check_boxes(

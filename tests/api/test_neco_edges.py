@@ -156,6 +156,9 @@ def test_given_references_need_no_large_queue():
     student, teacher, boxes = random_batch(dtype=torch.float32)
     criterion = NeCoLoss(queue_size=16, dim=8)
     assert criterion(student, teacher, boxes, references=random_references(6, 2, 8)).isfinite()
+    wide = [torch.cat([tokens, tokens[:, :1]], dim=1) for tokens in (*student, *teacher)]
+    with pytest.raises(ValueError, match="queue's width 8"):  # they would still enter it
+        criterion(wide[:4], wide[4:], boxes, references=random_references(6, 2, 9))
 
 
 def test_a_second_forward_pass_inside_of_backward_is_refused():
@@ -167,6 +170,10 @@ def test_a_second_forward_pass_inside_of_backward_is_refused():
     with pytest.raises(RuntimeError, match=r"NeCoLoss: queue: expected one forward pass per step"):
         loss.backward()
     references = random_references(6, 2, 8)
+    loss = checkpoint(*arguments, references=references, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="would fill the queue"):  # a second time
+        loss.backward()
+    criterion.eval()  # neither fills the queue nor draws from it
     expected = gradients(criterion(*arguments[1:], references=references), student)
     loss = checkpoint(*arguments, references=references, use_reentrant=False)
     for a, b in zip(gradients(loss, student), expected, strict=True):

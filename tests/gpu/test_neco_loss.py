@@ -60,4 +60,5 @@ def losses_of_a_training(backend, device):
 def test_a_training_with_a_queue_is_that_of_the_reference(backend, verifies, device):
     verifies("soft_sort_cross_entropy")
     found, expected = (losses_of_a_training(name, device) for name in (backend, "reference"))
+    # twenty steps of AdamW let rounding grow; a wrong gradient changes the second loss by more
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
