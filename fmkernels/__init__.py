@@ -10,13 +10,18 @@ from typing import Any
 from fmkernels import testing
 from fmkernels._library import backend
 from fmkernels._version import __version__
+from fmkernels.ops.knn import KNNInfo, knn
+from fmkernels.ops.knn_label_propagation import knn_label_propagation
 from fmkernels.ops.patch_neighbor_loss import patch_neighbor_loss
 from fmkernels.ops.soft_sort import soft_sort
 from fmkernels.ops.soft_sort_cross_entropy import soft_sort_cross_entropy
 
 __all__ = [
+    "KNNInfo",
     "__version__",
     "backend",
+    "knn",
+    "knn_label_propagation",
     "patch_neighbor_loss",
     "soft_sort",
     "soft_sort_cross_entropy",

@@ -1,0 +1,29 @@
+"""What a bank of rows is made ready with, once, for searches that come later."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PreparedRows(NamedTuple):
+    """Rows and what a search would otherwise make of them each time; the last three may be absent.
+
+    They are the last arguments of the op ``fmkernels.ops.knn.search``, whose result does not depend
+    on them.
+    """
+
+    rows: Tensor
+    """(M, D)"""
+    shadow: Tensor | None = None
+    """(M, D), the rows in the dtype of the low-precision product."""
+    norms: Tensor | None = None
+    """(M,), float64"""
+    residuals: Tensor | None = None
+    """(M,), float32: the norm of what the shadow lacks, at least."""
+
+
+def prepare(rows: Tensor) -> PreparedRows:
+    """Make rows ready for this machine's search: a copy in low precision, if that is faster."""
+    return PreparedRows(rows)

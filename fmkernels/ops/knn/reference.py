@@ -1,0 +1,122 @@
+"""Exact nearest neighbours in PyTorch: what is right, and why a cheap product is enough to find it.
+
+**What is right.** The score of bank row b for query q is, computed in float64,
+
+    cosine          q·b / (‖q‖ ‖b‖), and 0 where a norm is 0
+    inner_product   q·b
+    l2              −‖q − b‖²             (the sign is turned back in the public function)
+
+and the answer is the k largest, larger first, equal ones by the lower index, a NaN never. This file
+computes all of them, tile by tile. The kernels compute only a few, for which they need a bound.
+
+**The bound.** Let a = ‖q‖, u = q/a, and û, b̂ what u and b become in the low precision (bfloat16 or
+float32). A matrix product returns s ≈ û·b̂. With σ = 1/‖b‖ (cosine) or 1, the distance between v =
+σ u·b, which orders like the score, and σ s is at most σ times the sum of
+
+1. ``‖u − û‖ ‖b‖ + ‖û‖ ‖b − b̂‖``: rounding of the factors, by Cauchy-Schwarz from the very rows'
+   residual norms, which are measured, in float64, and not from the worst case. What a conversion
+   flushes to zero, or takes to infinity, is part of the residual.
+2. ``D 2⁻²² ‖û‖ ‖b̂‖``: accumulation in float32, whose error in any order is at most D 2⁻²⁴ Σ|û_d b̂_d|.
+   The factor 4 covers hardware that truncates instead of rounding, or rounds twice per step.
+3. ``2⁻⁸ |s|``: a bfloat16 product returns bfloat16. Nothing for one that returns float32.
+4. ``D 2⁻¹²⁵ (1 + ‖b‖)``: factors and products below the normal numbers may be flushed to zero: a
+   product that vanishes is below 2⁻¹²⁶, and a factor that vanishes takes 2⁻¹²⁶ times the other.
+5. ``2⁻²¹`` of what is added up: the comparison itself is done in float32, in five roundings or less.
+
+For ``l2``, with half squared norms h = ‖b‖²/2, the row that is nearest maximises a u·b − h, since
+−‖q − b‖²/2 = a u·b − h − a²/2; both parts are divided by S max(a, S), S the largest ‖b‖ of the tile,
+so that nothing overflows, and point 5 counts |h| in. Where a product is told to round its float32
+factors (``torch.set_float32_matmul_precision``), point 1 has their rounding as 2⁻⁸ each.
+
+**Selection.** A row can be among the k nearest only if its upper end v + e reaches a lower bound t of
+the k-th largest v. Any k rows give one: the smallest of their lower ends v − e, or, once k rows have
+been scored in float64, the k-th best of those. So a tile is compared with t; the rows that reach it,
+the candidates, are scored in float64 from the inputs themselves and merged. An infinite or undefined
+e (a row with an infinite entry, or a norm outside of float32) makes a candidate. Hence the answer
+never depends on the low precision, on tiles, threads or on the order of the products: those decide
+only how many rows are scored twice.
+
+Where bfloat16 leaves many candidates in a tile, the same comparison is made with a float32 product
+first; what is still undecided, such as equal rows, is scored in float64, as everything else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "inner_product", "l2")
+TILE = 1024
+"""Rows and queries whose scores are in memory at a time."""
+LAST = torch.iinfo(torch.int64).max
+
+REFERENCE, BFLOAT16, FLOAT32, FELL_BACK = range(4)
+"""What a query's candidates were found with: nothing, one product, or bfloat16 and then float32."""
+
+
+def knn(
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    metric: str = "cosine",
+    precision: str = "exact",
+    floor: Tensor | None = None,
+    shadow: Tensor | None = None,
+    norms: Tensor | None = None,
+    residuals: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All scores in float64; see ``fmkernels.ops.knn`` for the arguments and what is returned."""
+    found_scores, found_indices = empty_result(queries, k)
+    for first in range(0, len(queries), TILE):
+        block = slice(first, first + TILE)
+        scores, indices = found_scores[block], found_indices[block]
+        for start in range(0, len(bank), TILE):
+            new = exact_scores(queries[block], bank[start : start + TILE], metric)
+            if floor is not None:
+                new = new.masked_fill(~(new >= floor[block, None]), torch.nan)
+            number = torch.arange(start, start + new.shape[1], device=bank.device)
+            number = number.expand_as(new).masked_fill(new.isnan(), -1)
+            scores, indices = merge(
+                torch.cat([scores, new], dim=1), torch.cat([indices, number], dim=1), k
+            )
+        found_scores[block], found_indices[block] = scores, indices
+    candidates = torch.full(queries.shape[:1], len(bank), device=queries.device)
+    return found_scores, found_indices, candidates, torch.full_like(candidates, REFERENCE)
+
+
+def empty_result(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and indices of nothing found yet: −inf and −1."""
+    shape, device = (len(queries), k), queries.device
+    scores = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+    return scores, torch.full(shape, -1, dtype=torch.int64, device=device)
+
+
+def exact_scores(queries: Tensor, rows: Tensor, metric: str) -> Tensor:
+    """(Q, D), (M, D) -> (Q, M) in float64, larger is nearer."""
+    queries, rows = queries.double(), rows.double()
+    if metric == "l2":
+        # by differences: the products' form loses small distances to cancellation
+        return -torch.cdist(queries, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+    if metric == "cosine":
+        queries, rows = unit(queries), unit(rows)
+    return queries @ rows.mT
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of norm 1; a row of zeros stays one. Scaled first: squares would leave the range."""
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    rows = rows / torch.where(largest > 0, largest, 1)
+    return rows / torch.where(largest > 0, rows.norm(dim=-1, keepdim=True), 1)
+
+
+def merge(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of (Q, n) scores and their indices: larger first, then the lower index.
+
+    An index of −1 is no row; where fewer than k are left, −inf and −1 follow. So results of parts of
+    a bank, side by side, become those of the whole.
+    """
+    scores = scores.masked_fill(indices < 0, -torch.inf)
+    by_index = indices.masked_fill(indices < 0, LAST).argsort(dim=-1, stable=True)
+    scores, indices = scores.gather(-1, by_index), indices.gather(-1, by_index)
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    return scores.gather(-1, order), indices.gather(-1, order)
