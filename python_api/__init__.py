@@ -4,5 +4,6 @@ from .crops import intersection_boxes
 from .diffsort import DiffSortNet
 from .neco import NeCoLoss
 from .projection_head import ProjectionHead
+from .segmentation_metrics import ConfusionMatrix
 
-__all__ = ["DiffSortNet", "NeCoLoss", "ProjectionHead", "intersection_boxes"]
+__all__ = ["ConfusionMatrix", "DiffSortNet", "NeCoLoss", "ProjectionHead", "intersection_boxes"]
