@@ -173,7 +173,7 @@ class ConfusionMatrix:
             rows, columns = _linear_sum_assignment(score)
             assigned[columns] = rows
         else:
-            assigned = score.argmax(axis=0)  # the first of equal ones, which PyTorch's need not be
+            assigned = score.argmax(axis=0)  # the first of equal ones
         assignment = torch.from_numpy(assigned.astype(np.int64))
         folded = self.matrix.new_zeros(classes, classes + 1)  # the last column: no class
         folded.index_add_(1, assignment.where(assignment >= 0, classes), self.matrix)
