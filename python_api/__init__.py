@@ -1,17 +1,35 @@
 """The papers' building blocks on top of the ops: modules, losses, extractors, evaluators."""
 
+from .bank_file import BankFile, open_bank
 from .crops import intersection_boxes
 from .diffsort import DiffSortNet
+from .in_context import InContextSegmenter, SegmentationResult
+from .knn_classifier import KNNClassifier
 from .neco import NeCoLoss
-from .patch_index import PatchIndex
+from .patch_index import IndexMemory, PatchIndex
+from .patch_labels import patch_label_counts
+from .patch_memory import PatchMemory
 from .projection_head import ProjectionHead
+from .retrieval import rank_database, retrieval_map
 from .segmentation_metrics import ConfusionMatrix
+from .sharded import sharded_search
 
 __all__ = [
+    "BankFile",
     "ConfusionMatrix",
     "DiffSortNet",
+    "InContextSegmenter",
+    "IndexMemory",
+    "KNNClassifier",
     "NeCoLoss",
     "PatchIndex",
+    "PatchMemory",
     "ProjectionHead",
+    "SegmentationResult",
     "intersection_boxes",
+    "open_bank",
+    "patch_label_counts",
+    "rank_database",
+    "retrieval_map",
+    "sharded_search",
 ]
