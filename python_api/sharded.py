@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from fmkernels import _checks
 from fmkernels.ops.knn import public_scores
@@ -120,6 +121,8 @@ class _Processes:
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
         _checks.non_negative(OP, "timeout", timeout)
+        if timeout == 0:  # which is no limit to some backends
+            raise ValueError(f"{OP}: timeout: expected seconds > 0, got {timeout}")
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 f"{OP}: group: expected torch.distributed to be set up; call "
@@ -127,7 +130,9 @@ class _Processes:
             )
         if dist.get_rank(group) < 0:
             raise ValueError(f"{OP}: group: expected one that this process is a member of")
-        self.group, self.timeout = group, timeout
+        self.group, self.timeout = group or dist.group.WORLD, timeout
+        self.options = distributed_c10d.AllgatherOptions()
+        self.options.timeout = datetime.timedelta(seconds=timeout)
         # NCCL alone has no way between CPUs
         on_cpu = "cpu:" in dist.get_backend_config(group)
         accelerator = None if on_cpu else torch.accelerator.current_accelerator()
@@ -165,8 +170,10 @@ class _Processes:
         size = dist.get_world_size(self.group)
         gathered = [torch.empty_like(tensor) for _ in range(size)]
         try:
-            work = dist.all_gather(gathered, tensor, group=self.group, async_op=True)
-            work.wait(datetime.timedelta(seconds=self.timeout))
+            # not dist.all_gather: without its own timeout the exchange would go on in the
+            # background after the wait, and keep a process from ending for half an hour
+            work = self.group.allgather([gathered], [tensor], self.options)
+            work.wait(self.options.timeout)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{OP}: group: rank {dist.get_rank(self.group)} of {size} expected an answer of "
