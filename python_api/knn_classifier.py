@@ -12,15 +12,13 @@ from torch import Tensor
 from fmkernels import _checks, knn
 from fmkernels.ops.knn_label_propagation import check_temperature
 
-from ._arrays import finite_rows, integer_labels
+from .arrays import Array, like, optional
+from .evaluation_inputs import finite_rows, integer_labels
 
 OP = "KNNClassifier"
 METRICS = {"fungi": "l2", "dino": "cosine"}
 VOTED = 2**24
 """Entries of the table of votes, queries × classes, that are in memory at a time."""
-
-Array = Any
-"""A torch.Tensor or a numpy.ndarray; what is returned is of the kind of the features."""
 
 
 class _Fitted(NamedTuple):
@@ -236,19 +234,11 @@ def _numpy(rows: Tensor) -> Any:
 
 
 def _fit_pca(rows: Tensor, components: int) -> Any:
-    try:
-        from sklearn.decomposition import PCA
-    except ImportError as error:
-        raise ImportError(
-            f"{OP}: pca_dim: expected scikit-learn for the PCA; install it with "
-            "pip install scikit-learn, or pass pca_dim=None"
-        ) from error
-    return PCA(n_components=components, svd_solver="full").fit(_numpy(rows))
+    decomposition = optional("sklearn.decomposition", f"{OP}(pca_dim={components})", "scikit-learn")
+    return decomposition.PCA(n_components=components, svd_solver="full").fit(_numpy(rows))
 
 
 def _as_asked(results: dict[int, Tensor], features: Any, k: Any) -> Any:
     """NumPy for NumPy; the only value, unless several k were asked for."""
-    converted: dict[int, Any] = dict(results)
-    if not isinstance(features, Tensor):
-        converted = {count: value.cpu().numpy() for count, value in results.items()}
+    converted = dict(zip(results, like(features, *results.values()), strict=True))
     return converted if isinstance(k, Sequence) else next(iter(converted.values()))

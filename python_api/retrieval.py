@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmkernels import _checks, knn
 
-from ._arrays import as_tensor, finite_rows
+from .evaluation_inputs import finite_rows, integers
 
 SETUPS = {  # what counts as found, and what is taken out of the ranking
     "easy": (("easy",), ("junk", "hard")),
@@ -181,11 +181,7 @@ def _mean(values: Any) -> Any:
 
 
 def _check_ranking(op: str, ranking: Any, queries: int) -> Any:
-    ranking = as_tensor(op, "ranking", ranking)
-    if not isinstance(ranking, Tensor):
-        raise TypeError(f"{op}: ranking: expected a torch.Tensor, got {type(ranking).__name__}")
-    if ranking.is_floating_point() or ranking.is_complex() or ranking.dtype == torch.bool:
-        raise TypeError(f"{op}: ranking: expected integers, got {ranking.dtype}")
+    ranking = integers(op, "ranking", ranking)
     if ranking.ndim != 2 or len(ranking) != queries:
         hint = ""
         if ranking.ndim == 2 and ranking.shape[1] == queries:
@@ -212,14 +208,11 @@ def _check_truth(op: str, query: int, truth: Any) -> dict[str, Any]:
                 f"{op}: ground_truth[{query}]: expected the keys easy, hard and junk, "
                 f"got {', '.join(map(str, truth))}"
             )
-        indices = np.asarray(truth.get(key, ())).reshape(-1)
-        if len(indices) and not np.issubdtype(indices.dtype, np.integer):
-            raise TypeError(
-                f"{op}: ground_truth[{query}][{key!r}]: expected integers, got {indices.dtype}"
-            )
+        given, name = truth.get(key, ()), f"ground_truth[{query}][{key!r}]"
+        if not len(given):  # NumPy takes an empty list for floating-point
+            given = np.empty(0, dtype=np.int64)
+        indices = integers(op, name, given).reshape(-1).numpy()
         if (indices < 0).any():
-            raise ValueError(
-                f"{op}: ground_truth[{query}][{key!r}]: expected indices >= 0, got {indices.min()}"
-            )
-        checked[key] = indices.astype(np.int64)
+            raise ValueError(f"{op}: {name}: expected indices >= 0, got {indices.min()}")
+        checked[key] = indices
     return checked

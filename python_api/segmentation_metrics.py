@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fmkernels import _checks
 
+from .arrays import optional
+
 MATCHINGS = ("hungarian", "many_to_one", "many_to_one_iou")
 ABSENT = ("skip", "zero")
 PIXELS = 2**20
@@ -170,7 +172,8 @@ class ConfusionMatrix:
         score = (self.matrix.double() / size.clamp(min=1)).numpy()  # (C, K)
         if kind == "hungarian":
             assigned = np.full(self.num_predicted, -1 if unmatched is None else unmatched)
-            rows, columns = _linear_sum_assignment(score)
+            optimize = optional("scipy.optimize", f'{op}.matched("hungarian")')
+            rows, columns = optimize.linear_sum_assignment(score, maximize=True)
             assigned[columns] = rows
         else:
             assigned = score.argmax(axis=0)  # the first of equal ones
@@ -234,14 +237,3 @@ def _check_range(name: str, labels: Tensor, classes: int, otherwise: str) -> Non
             f"ConfusionMatrix: {name}: expected classes from 0 to {classes - 1}{otherwise}, "
             f"got {wrong}"
         )
-
-
-def _linear_sum_assignment(score: Any) -> Any:
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError(
-            "ConfusionMatrix: matched: expected SciPy for the Hungarian assignment; "
-            "install it with pip install scipy, or use kind='many_to_one'"
-        ) from error
-    return linear_sum_assignment(score, maximize=True)
