@@ -5,7 +5,9 @@ from .crops import intersection_boxes
 from .diffsort import DiffSortNet
 from .in_context import InContextSegmenter, SegmentationResult
 from .knn_classifier import KNNClassifier
+from .linear_segmentation import LinearSegmentationHead
 from .neco import NeCoLoss
+from .overclustering import Overclustering
 from .patch_index import IndexMemory, PatchIndex
 from .patch_labels import patch_label_counts
 from .patch_memory import PatchMemory
@@ -21,7 +23,9 @@ __all__ = [
     "InContextSegmenter",
     "IndexMemory",
     "KNNClassifier",
+    "LinearSegmentationHead",
     "NeCoLoss",
+    "Overclustering",
     "PatchIndex",
     "PatchMemory",
     "ProjectionHead",
