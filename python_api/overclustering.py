@@ -78,6 +78,16 @@ class Overclustering:
     Source:
         Ziegler and Asano, *Self-Supervised Learning of Object Parts*, CVPR 2022 (Leopart); Pariza
         et al., *NeCo*, ICLR 2025; and their released code.
+
+    Example:
+        >>> from fmkernels.api import Overclustering
+        >>> Overclustering(21, 500).matching, Overclustering(21).matching
+        ('many_to_one', 'hungarian')
+
+        With features (N, h·w, D) and masks (N, H, W) of all images::
+
+            result = Overclustering(21, 500).evaluate(features, masks)
+            print(result.miou, result.std)
     """
 
     def __init__(
