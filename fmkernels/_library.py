@@ -73,6 +73,12 @@ def _why_no_cuda() -> str | None:
     return None if torch.version.cuda else "this torch is built without CUDA"
 
 
+def native_function(name: str, signature: str) -> Any:
+    """Declare a function of the extension that only this package calls; returns what to call."""
+    LIBRARY.define(name + signature)
+    return getattr(torch.ops.fmkernels, name).default
+
+
 GPU_ERRORS = {"cuda": _why_no_cuda(), "triton": _why_no_triton()}
 """Why there are no kernels of a GPU backend, on any GPU."""
 
@@ -191,6 +197,7 @@ class Op:
         backward: Callable[..., Any] | None = None,
         only_first: bool = False,
         limits: Callable[..., str | None] = lambda *args: None,
+        cpu: Callable[..., Any] | None = None,
         gpu: tuple[GpuKernel, ...] = (),
     ) -> None:
         """Define and register the op.
@@ -206,6 +213,8 @@ class Op:
                 only one that has one. Both or neither; it must not be differentiated again.
             only_first: calling gives the first output alone; backward needs the others.
             limits: why the compiled kernels hand these arguments to the reference, or None.
+            cpu: the kernel for CPU tensors where it is written in Python, over functions of the
+                extension (:func:`native_function`); None where the extension has the whole op.
             gpu: the kernels for CUDA tensors: the first that takes the arguments runs, and if none
                 does, the reference.
         """
@@ -218,6 +227,8 @@ class Op:
         if setup_context is not None and backward is not None:
             for route in (self._main, self._reference):
                 route.autograd = self._differentiable(route.overload, setup_context, backward)
+        if cpu is not None and native is not None:
+            LIBRARY.impl(name, cpu, "CPU")
         if any(GPU_ERRORS[kernel.backend] is None for kernel in gpu):
             LIBRARY.impl(name, self._run_gpu, "CUDA")
         OPS[name] = self

@@ -39,7 +39,19 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// An uninitialised dense CPU tensor of float or double. The C shim allocates without a trip through
+// bfloat16, as its bits.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+int32_t dtype_of() {
+  if constexpr (std::is_same_v<T, double>) return aoti_torch_dtype_float64();
+  if constexpr (std::is_same_v<T, BFloat16>) return aoti_torch_dtype_bfloat16();
+  return aoti_torch_dtype_float32();
+}
+
+// An uninitialised dense CPU tensor of float, double or BFloat16. The C shim allocates without a trip through
 // the dispatcher, which would cost more than a small sort.
 template <class T>
 Tensor empty(const std::vector<int64_t>& shape) {
@@ -52,8 +64,7 @@ Tensor empty(const std::vector<int64_t>& shape) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-      std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      dtype_of<T>(), aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   if (poisoning()) {
     poison(tensor.data_ptr(), static_cast<size_t>(tensor.numel()) * sizeof(T));

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmkernels import _checks
 from fmkernels._library import Op
-from fmkernels.ops.knn import reference
+from fmkernels.ops.knn import cpp, reference
 from fmkernels.ops.knn.reference import METRICS
 
 PRECISIONS = ("exact", "fast")
@@ -156,6 +156,7 @@ search = Op(
     " -> (Tensor scores, Tensor indices, Tensor candidates, Tensor paths)",
     reference=reference.knn,
     fake=_fake,
+    cpu=cpp.knn,
 )
 """(Q, D), (M, D) -> scores (Q, k) in float64, larger is better, indices, candidates (Q), paths (Q).
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fmkernels.ops.knn.config import has_fast_bfloat16
 
 
 class PreparedRows(NamedTuple):
@@ -24,6 +27,10 @@ class PreparedRows(NamedTuple):
     """(M,), float32: the norm of what the shadow lacks, at least."""
 
 
-def prepare(rows: Tensor) -> PreparedRows:
-    """Make rows ready for this machine's search: a copy in low precision, if that is faster."""
-    return PreparedRows(rows)
+def prepare(rows: Tensor, metric: str = "cosine") -> PreparedRows:
+    """Make rows ready for this machine's searches: a copy in low precision, where that is faster."""
+    from fmkernels.ops.knn import cpp, search
+
+    if rows.device.type != "cpu" or search.why_not("cpp") is not None or not has_fast_bfloat16():
+        return PreparedRows(rows)
+    return cpp.shadow_of(rows, metric, torch.bfloat16)

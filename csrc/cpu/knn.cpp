@@ -1,0 +1,243 @@
+// What fmkernels/ops/knn/cpp.py is made of: norms, residual norms, and the selection from a tile.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "cpu_isa.h"
+#include "knn_kernel.h"
+#include "scratch.h"
+#include "tensors.h"
+
+namespace fmkernels {
+
+float kth_largest(float* values, int64_t n, int64_t k) {
+  std::nth_element(values, values + (k - 1), values + n, [](float a, float b) { return a > b; });
+  return values[k - 1];
+}
+
+namespace {
+
+// A few new ones are cheaper put where they belong, one by one.
+void insert_found(Found best, int64_t k, int64_t kept, Found found, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const double score = found.scores[i];
+    const auto above = [](double value, double kept_score) { return value > kept_score; };
+    const int64_t at =
+        std::upper_bound(best.scores, best.scores + kept, score, above) - best.scores;
+    if (at == k) continue;
+    kept = std::min(k, kept + 1);
+    std::memmove(best.scores + at + 1, best.scores + at, (kept - at - 1) * sizeof(double));
+    std::memmove(best.indices + at + 1, best.indices + at, (kept - at - 1) * sizeof(int64_t));
+    best.scores[at] = score;
+    best.indices[at] = found.indices[i];
+  }
+}
+
+}  // namespace
+
+void merge_found(Found best, int64_t k, Found found, int64_t count, Found spare) {
+  int64_t kept = 0;
+  while (kept < k && best.indices[kept] >= 0) ++kept;
+  if (count <= 16) return insert_found(best, k, kept, found, count);
+
+  std::vector<std::pair<double, int64_t>> ordered(count);
+  for (int64_t i = 0; i < count; ++i) ordered[i] = {found.scores[i], found.indices[i]};
+  const auto before = [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  };
+  const int64_t useful = std::min(k, count);
+  std::partial_sort(ordered.begin(), ordered.begin() + useful, ordered.end(), before);
+  int64_t old = 0, fresh = 0, merged = 0;
+  for (; merged < k && (old < kept || fresh < useful); ++merged) {
+    // those found before have the lower indices
+    const bool take_old =
+        fresh == useful || (old < kept && best.scores[old] >= ordered[fresh].first);
+    spare.scores[merged] = take_old ? best.scores[old] : ordered[fresh].first;
+    spare.indices[merged] = take_old ? best.indices[old] : ordered[fresh].second;
+    ++(take_old ? old : fresh);
+  }
+  std::copy_n(spare.scores, merged, best.scores);
+  std::copy_n(spare.indices, merged, best.indices);
+}
+
+namespace {
+
+template <class T>
+const KnnKernels<T>& knn_kernels();
+template <>
+inline const KnnKernels<float>& knn_kernels<float>() {
+  return FMKERNELS_FOR_CPU_ISA(knn_f32);
+}
+template <>
+inline const KnnKernels<double>& knn_kernels<double>() {
+  return FMKERNELS_FOR_CPU_ISA(knn_f64);
+}
+
+// body(zero) with a zero of the rows' type.
+template <class Body>
+auto for_type(const Tensor& rows, const Body& body) {
+  STD_TORCH_CHECK(
+      rows.is_contiguous() && rows.dim() == 2, "knn: rows: expected a dense matrix");
+  if (rows.scalar_type() == ScalarType::Double) return body(0.0);
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float, "knn: rows: expected float32 or float64");
+  return body(0.0f);
+}
+
+bool in_half(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::BFloat16 || type == ScalarType::Float,
+      "knn: products, shadow: expected bfloat16 or float32");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "knn: products, shadow: expected a dense tensor");
+  return type == ScalarType::BFloat16;
+}
+
+constexpr int64_t rows_per_task = 64;
+
+Tensor norms(const Tensor& rows) {
+  return for_type(rows, [&](auto zero) {
+    using T = decltype(zero);
+    Tensor result = empty<double>({rows.size(0)});
+    torch::stable::parallel_for(0, rows.size(0), rows_per_task, [&](int64_t first, int64_t last) {
+      knn_kernels<T>().norms(
+          data_of<const T>(rows), first, last, rows.size(1), data_of<double>(result));
+    });
+    return result;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> shadow(const Tensor& rows, bool unit, bool half) {
+  return for_type(rows, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t count = rows.size(0), dim = rows.size(1);
+    Tensor cast = half ? empty<BFloat16>({count, dim}) : empty<float>({count, dim});
+    Tensor norms = empty<double>({count}), residuals = empty<float>({count});
+    torch::stable::parallel_for(0, count, rows_per_task, [&](int64_t first, int64_t last) {
+      knn_kernels<T>().shadow(
+          data_of<const T>(rows), unit, half, first, last, dim, cast.data_ptr(),
+          data_of<double>(norms), data_of<float>(residuals));
+    });
+    return std::tuple{cast, norms, residuals};
+  });
+}
+
+// sigma, slack and half of every row; see fmkernels/ops/knn/reference.py.
+struct TileBounds {
+  std::vector<float> sigma, slack, half, bucket_slack;
+  double scale = 1;
+
+  // the norms between which no float32 that depends on them leaves its range
+  static constexpr double smallest = 0x1p-100, largest = 0x1p120;
+  static constexpr double finite = std::numeric_limits<double>::max();
+
+  TileBounds(
+      Metric metric, bool unit, const double* norms, const float* residuals, int64_t rows,
+      double dim, double query_residual, double factor_rounding, bool rescored)
+      : sigma(rows), slack(rows), half(rows) {
+    if (metric == Metric::l2) {
+      scale = smallest;
+      for (int64_t j = 0; j < rows; ++j) {
+        if (norms[j] <= largest) scale = std::max(scale, norms[j]);
+      }
+    }
+    // the five points of the derivation, by what they multiply
+    const double grown = 1 + query_residual, summed = dim * 0x1p-22, flushed = dim * 0x1p-125;
+    const double of_lost = grown * (1 + summed + 3 * factor_rounding);
+    const double of_norm = query_residual + grown * (summed + 3 * factor_rounding) + flushed + 0x1p-21;
+    const bool inverse = metric == Metric::cosine && !unit;
+    for (int64_t j = 0; j < rows; ++j) {
+      const double norm = unit ? std::min(norms[j], 1.0) : norms[j];
+      const double lost = residuals == nullptr ? 0 : residuals[j];
+      sigma[j] = 1;
+      if (!(norms[j] <= (unit ? finite : largest) && lost <= largest) ||
+          (inverse && norm > 0 && norm < smallest)) {
+        slack[j] = std::numeric_limits<float>::infinity();
+        continue;
+      }
+      const double factor = inverse ? (norm > 0 ? 1 / norm : 0) : 1 / scale;
+      const double bound = factor * (of_norm * norm + of_lost * lost + flushed);
+      sigma[j] = static_cast<float>(factor);
+      if (rescored) slack[j] = static_cast<float>(1.000001 * bound + 0x1p-125);
+      if (metric == Metric::l2) half[j] = static_cast<float>(0.5 * (norm / scale) * (norm / scale));
+    }
+    if (metric == Metric::inner_product || unit) {
+      bucket_slack.resize((rows + knn_bucket - 1) / knn_bucket);
+      for (int64_t j = 0; j < rows; ++j) {
+        float& bucket = bucket_slack[j / knn_bucket];
+        bucket = std::max(bucket, slack[j]);
+      }
+    }
+  }
+};
+
+double largest_finite(const Tensor& residuals) {
+  const float* values = data_of<const float>(residuals);
+  float largest = 0;
+  for (int64_t i = 0; i < residuals.numel(); ++i) {
+    if (std::isfinite(values[i])) largest = std::max(largest, values[i]);
+  }
+  return largest;
+}
+
+Metric parse_metric(const std::string& name) {
+  if (name == "cosine") return Metric::cosine;
+  if (name == "inner_product") return Metric::inner_product;
+  STD_TORCH_CHECK(name == "l2", "knn: metric: unknown ", name);
+  return Metric::l2;
+}
+
+template <class T>
+T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? data_of<T>(*tensor) : nullptr;
+}
+
+// Looks at the products (queries, rows) of a tile, of the queries in `order` if it is given, and
+// updates what was found. The rest is documented at KnnTile.
+void select(
+    const Tensor& products, std::optional<Tensor> order, const Tensor& queries,
+    const Tensor& query_norms, const Tensor& query_residuals, const Tensor& rows,
+    const Tensor& row_norms, std::optional<Tensor> row_residuals, int64_t first_row,
+    std::string metric, bool unit, bool rescored, double factor_rounding, std::optional<Tensor> floor,
+    Tensor scores, Tensor indices, Tensor candidates, std::optional<Tensor> crowded,
+    int64_t crowd) {
+  const int64_t row_count = rows.size(0), dim = rows.size(1);
+  const bool half = in_half(products);
+  STD_TORCH_CHECK(
+      products.dim() == 2 && products.size(1) == row_count && row_norms.numel() == row_count &&
+          (order ? order->numel() : queries.size(0)) == products.size(0),
+      "knn: products: expected one for every query and row");
+  const Metric parsed = parse_metric(metric);
+  const TileBounds bounds(
+      parsed, unit, data_of<const double>(row_norms), data_or_null<const float>(row_residuals),
+      row_count, static_cast<double>(dim), largest_finite(query_residuals), factor_rounding, rescored);
+  for_type(rows, [&](auto zero) {
+    using T = decltype(zero);
+    const KnnTile<T> tile{
+        parsed, rescored, dim, row_count, data_of<const T>(rows), data_of<const double>(row_norms),
+        bounds.sigma.data(), bounds.slack.data(), bounds.half.data(),
+        bounds.bucket_slack.empty() ? nullptr : bounds.bucket_slack.data(), bounds.scale, first_row,
+        products.data_ptr(), half, data_or_null<const int64_t>(order), data_of<const T>(queries),
+        data_of<const double>(query_norms), scores.size(1), data_of<double>(scores),
+        data_of<int64_t>(indices), data_or_null<const double>(floor),
+        data_of<int64_t>(candidates), data_or_null<bool>(crowded), crowd};
+    const KnnKernels<T>& kernels = knn_kernels<T>();
+    const size_t bytes = static_cast<size_t>(kernels.scratch_bytes(row_count, tile.k));
+    torch::stable::parallel_for(0, products.size(0), 4, [&](int64_t first, int64_t last) {
+      kernels.select(tile, first, last, ThreadScratch(bytes).memory());
+    });
+    return 0;
+  });
+}
+
+}  // namespace
+}  // namespace fmkernels
+
+STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
+  m.impl("knn_norms", TORCH_BOX(&fmkernels::norms));
+  m.impl("knn_shadow", TORCH_BOX(&fmkernels::shadow));
+  m.impl("knn_select", TORCH_BOX(&fmkernels::select));
+}

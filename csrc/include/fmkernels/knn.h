@@ -1,0 +1,141 @@
+// The arithmetic of exact nearest neighbours: sums in float64, and which scores of a product in low
+// precision reach a threshold. fmkernels/ops/knn/reference.py derives the bound.
+//
+// Plain loops: `lanes` partial sums fit the registers of every instruction set, and are added up in
+// one order, so that a sum depends neither on the instruction set nor on the tile.
+#pragma once
+
+#include <cstdint>
+
+#include "fmkernels/config.h"
+
+FMKERNELS_NAMESPACE_BEGIN
+
+// Partial sums, in parts of which the compiler makes a register of float64 each.
+constexpr int part = 8, lanes = 4 * part;
+
+// Σ term(d) over d < n.
+template <class Term>
+FMKERNELS_INLINE double sum_in_lanes(int64_t n, const Term& term) {
+  double sums[lanes] = {};
+  int64_t d = 0;
+  for (; d + lanes <= n; d += lanes) {
+    for (int start = 0; start < lanes; start += part) {
+#pragma omp simd
+      for (int lane = start; lane < start + part; ++lane) sums[lane] += term(d + lane);
+    }
+  }
+  for (int lane = 0; d + lane < n; ++lane) sums[lane] += term(d + lane);
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
+}
+
+template <class T>
+FMKERNELS_INLINE double dot(const T* a, const T* b, int64_t n) {
+  return sum_in_lanes(n, [=](int64_t d) { return double(a[d]) * double(b[d]); });
+}
+
+template <class T>
+FMKERNELS_INLINE double squared_distance(const T* a, const T* b, int64_t n) {
+  return sum_in_lanes(n, [=](int64_t d) {
+    const double difference = double(a[d]) - double(b[d]);
+    return difference * difference;
+  });
+}
+
+// A power of two that takes a number of this size near 1, as far as there is one.
+FMKERNELS_INLINE double towards_one(double size) {
+  if (!(size > 0) || __builtin_isinf(size)) return 1;
+  int exponent;
+  __builtin_frexp(size, &exponent);
+  return __builtin_ldexp(1.0, exponent > 1000 ? -1000 : exponent < -1000 ? 1000 : -exponent);
+}
+
+FMKERNELS_INLINE double norm(const float* row, int64_t n) {
+  return __builtin_sqrt(dot(row, row, n));
+}
+
+// Squares of float64 leave its range.
+FMKERNELS_INLINE double norm(const double* row, int64_t n) {
+  double largest = 0;
+  for (int64_t d = 0; d < n; ++d) {
+    const double size = __builtin_fabs(row[d]);
+    if (size != size) return size;
+    if (size > largest) largest = size;
+  }
+  const double scale = towards_one(largest);
+  const double sum = sum_in_lanes(n, [=](int64_t d) { return (row[d] * scale) * (row[d] * scale); });
+  return __builtin_sqrt(sum) / scale;
+}
+
+FMKERNELS_INLINE double cosine(
+    const float* a, const float* b, int64_t n, double norm_a, double norm_b) {
+  return dot(a, b, n) / norm_a / norm_b;
+}
+
+// Products of float64 leave its range, too.
+FMKERNELS_INLINE double cosine(
+    const double* a, const double* b, int64_t n, double norm_a, double norm_b) {
+  const double scale_a = towards_one(norm_a), scale_b = towards_one(norm_b);
+  const double product =
+      sum_in_lanes(n, [=](int64_t d) { return (a[d] * scale_a) * (b[d] * scale_b); });
+  return product / (norm_a * scale_a) / (norm_b * scale_b);
+}
+
+// bfloat16, which is what a float32 has in its upper half.
+struct BFloat16 {
+  uint16_t bits;
+};
+FMKERNELS_INLINE float widen(float value) { return value; }
+FMKERNELS_INLINE float widen(BFloat16 value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// The nearest bfloat16, ties to even; a NaN stays one.
+FMKERNELS_INLINE void narrow(float value, BFloat16& narrowed) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  narrowed.bits = static_cast<uint16_t>((value == value ? rounded : bits | 0x400000) >> 16);
+}
+FMKERNELS_INLINE void narrow(float value, float& narrowed) { narrowed = value; }
+
+// Writes factor · row in low precision; returns the norm of what that lacks.
+template <class T, class P>
+FMKERNELS_INLINE double cast_shadow(const T* row, double factor, int64_t n, P* shadow) {
+  return __builtin_sqrt(sum_in_lanes(n, [=](int64_t d) {
+    const double value = double(row[d]) * factor;
+    narrow(static_cast<float>(value), shadow[d]);
+    const double lost = value - double(widen(shadow[d]));
+    return lost * lost;
+  }));
+}
+
+// The interval that a row's score is in: with a product s of the shadows,
+//   v = alpha sigma s − gamma half,   |exact − v| <= alpha slack + rounding |alpha sigma s| + …
+// gamma and half are there for squared distances only, and so is what a product may lose that is too
+// small for a float32.
+struct RowBounds {
+  const float *sigma, *slack, *half;  // (rows)
+};
+struct QueryBounds {
+  float alpha, gamma, rounding;
+};
+struct Interval {
+  float middle, reach;
+};
+template <bool squared, class P>
+FMKERNELS_INLINE Interval interval(P product, RowBounds row, int64_t j, QueryBounds query) {
+  const float main = query.alpha * (widen(product) * row.sigma[j]);
+  const float reach = query.alpha * row.slack[j] + query.rounding * __builtin_fabsf(main);
+  if (!squared) return {main, reach};
+  const float half = query.gamma * row.half[j];
+  return {main - half, reach + 0x1p-21f * half + 0x1p-120f};
+}
+
+FMKERNELS_NAMESPACE_END

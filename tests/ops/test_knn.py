@@ -1,0 +1,370 @@
+"""Exact nearest neighbours: against float64 and faiss, on hard banks, in every plan; refusals."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from neighbors import HARD, check_exact, problem
+
+import fmkernels
+from fmkernels import _library, testing
+from fmkernels.ops.knn import config, cpp, reference, search
+from fmkernels.ops.knn.config import CpuPlan
+
+METRICS = reference.METRICS
+every_metric = pytest.mark.parametrize("metric", METRICS)
+needs_kernel = pytest.mark.skipif(_library.native is None, reason="needs the extension")
+
+SMALL_TILES = CpuPlan(torch.bfloat16, queries=7, chunk=3, rows=37, crowd=8)
+PLANS = {
+    "bfloat16": SMALL_TILES,
+    "float32": SMALL_TILES._replace(dtype=torch.float32),
+    "one tile": CpuPlan(torch.bfloat16, queries=100, chunk=100, rows=1000, crowd=10**9),
+}
+every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    def use(plan):
+        monkeypatch.setattr(cpp, "cpu_plan", lambda *shape: plan)
+
+    return use
+
+
+@every_metric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("queries", "rows", "dim", "k"),
+    [(1, 1, 1, 1), (7, 33, 129, 5), (3, 200, 7, 33), (33, 129, 33, 129), (2, 5000, 16, 2048)],
+)
+def test_neighbors_are_those_of_float64(metric, dtype, queries, rows, dim, k):
+    q, b = torch.randn(queries, dim).to(dtype), torch.randn(rows, dim).to(dtype)
+    check_exact(q, b, k, metric, *fmkernels.knn(q, b, k, metric=metric))
+
+
+@every_plan
+@every_metric
+@pytest.mark.parametrize("kind", HARD, ids=lambda kind: kind.__name__)
+def test_hard_banks(use, plan, metric, kind):
+    use(plan)
+    for seed, (queries, rows, dim, k) in enumerate([(9, 150, 24, 5), (4, 90, 64, 60), (3, 70, 1, 2)]):
+        q, b = problem(kind, seed, queries, rows, dim)
+        check_exact(q, b, k, metric, *fmkernels.knn(q, b, k, metric=metric))
+
+
+@given(
+    kind=st.sampled_from(HARD),
+    metric=st.sampled_from(METRICS),
+    plan=st.sampled_from(list(PLANS.values())),
+    queries=st.integers(0, 9),
+    rows=st.integers(0, 200),
+    dim=st.integers(1, 70),
+    k=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_bank(kind, metric, plan, queries, rows, dim, k, dtype, seed):
+    q, b = problem(kind, seed, queries, rows, dim, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp, "cpu_plan", lambda *shape: plan)
+        check_exact(q, b, k, metric, *fmkernels.knn(q, b, k, metric=metric))
+
+
+@pytest.mark.parametrize("scale", [1e100, 1e-100, 1e200, 1e-200, 1e-310])
+def test_cosines_of_float64_beyond_float32(scale):
+    q, b = (torch.randn(n, 16, dtype=torch.float64) for n in (5, 300))
+    expected = fmkernels.knn(q, b, 7)
+    found = fmkernels.knn(scale * q, scale * b, 7)
+    assert torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e100, 1e-100])
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
+def test_products_and_distances_of_float64_beyond_float32(metric, scale):
+    q, b = (torch.randn(n, 16, dtype=torch.float64) for n in (5, 300))
+    expected = fmkernels.knn(q, b, 7, metric=metric)[1]
+    assert torch.equal(fmkernels.knn(scale * q, scale * b, 7, metric=metric)[1], expected)
+
+
+@every_metric
+def test_faiss_finds_the_same(metric):
+    q, b = torch.randn(20, 48), torch.randn(3000, 48)
+    index = (faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP)(48)
+    unit = reference.unit if metric == "cosine" else lambda x: x
+    index.add(unit(b).float().numpy())
+    theirs, found = index.search(unit(q).float().numpy(), 10)
+    scores, indices = fmkernels.knn(q, b, 10, metric=metric)
+    assert np.array_equal(found, indices.numpy())
+    np.testing.assert_allclose(scores.numpy(), theirs, rtol=1e-4)
+
+
+@needs_kernel
+@every_metric
+@pytest.mark.parametrize("kind", HARD, ids=lambda kind: kind.__name__)
+def test_bitwise_the_same_in_every_plan_and_for_every_split_of_the_batch(use, metric, kind):
+    q, b = problem(kind, 3, 13, 140, 33)
+    expected = fmkernels.knn(q, b, 9, metric=metric)
+    for plan in PLANS.values():
+        use(plan)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found = fmkernels.knn(q, b, 9, metric=metric)
+            assert all(torch.equal(a, x) for a, x in zip(found, expected, strict=True))
+        parts = [fmkernels.knn(part, b, 9, metric=metric) for part in q.split(5)]
+        for whole, split in zip(expected, zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat(split), whole)
+
+
+@every_metric
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_of_products_changes_nothing(use, metric, precision):
+    use(PLANS["float32"])
+    q, b = torch.randn(9, 64), torch.randn(500, 64)
+    before = torch.get_float32_matmul_precision()
+    expected = fmkernels.knn(q, b, 20, metric=metric)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = fmkernels.knn(q, b, 20, metric=metric)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, x) for a, x in zip(found, expected, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [1, 3, 64, 385, 4000])
+def test_products_err_less_than_the_bound(dtype, dim, precision):
+    """The derivation's points 1 to 4, written out again, on what oneDNN returns."""
+    before = torch.get_float32_matmul_precision()
+    for queries, rows in [(1, 70), (16, 300), (130, 33)]:
+        q, b = torch.randn(queries, dim), torch.randn(rows, dim) * torch.rand(rows, 1)
+        u = q.double() / q.double().norm(dim=1, keepdim=True)
+        low_u, low_b = u.to(dtype), b.to(dtype)
+        torch.set_float32_matmul_precision(precision)
+        try:
+            products = torch.mm(low_u, low_b.mT).double()
+        finally:
+            torch.set_float32_matmul_precision(before)
+        exact = u @ b.double().mT
+        norms, lost = b.double().norm(dim=1), (b.double() - low_b.double()).norm(dim=1)
+        lost_u = (u - low_u.double()).norm(dim=1, keepdim=True)
+        bound = lost_u * norms + (1 + lost_u) * lost
+        bound = bound + dim * 2**-22 * (1 + lost_u) * (norms + lost) + dim * 2.0**-125 * (1 + norms)
+        if dtype == torch.bfloat16:
+            bound = bound + 2**-8 * products.abs()
+        if dtype == torch.float32 and precision == "medium":
+            bound = bound + 3 * cpp.ROUNDED_FACTOR * (1 + lost_u) * (norms + lost)
+        assert ((exact - products).abs() <= bound).all()
+
+
+@every_metric
+def test_leading_dimensions_strides_and_mixed_dtypes(metric):
+    q, b = torch.randn(6, 16), torch.randn(50, 16)
+    scores, indices = fmkernels.knn(q, b, 4, metric=metric)
+    batched = fmkernels.knn(q.reshape(2, 3, 16), b, 4, metric=metric)
+    assert torch.equal(batched[0], scores.reshape(2, 3, 4))
+    assert torch.equal(batched[1], indices.reshape(2, 3, 4))
+    alone = fmkernels.knn(q[0], b, 4, metric=metric)
+    assert torch.equal(alone[1], indices[0])
+    for _, laid_out in testing.layouts(b):
+        assert torch.equal(fmkernels.knn(q, laid_out, 4, metric=metric)[1], indices)
+    for _, laid_out in testing.layouts(q):
+        assert torch.equal(fmkernels.knn(laid_out, b, 4, metric=metric)[1], indices)
+    for dtypes in [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)]:
+        mixed = fmkernels.knn(q.to(dtypes[0]), b.to(dtypes[1]), 4, metric=metric)
+        assert mixed[0].dtype == torch.promote_types(*dtypes)
+        check_exact(q.to(dtypes[0]), b.to(dtypes[1]), 4, metric, *mixed)
+
+
+@every_metric
+def test_few_rows_are_padded(metric):
+    worst = torch.inf if metric == "l2" else -torch.inf
+    scores, indices = fmkernels.knn(torch.randn(3, 4), torch.randn(2, 4), 5, metric=metric)
+    assert (indices[:, 2:] == -1).all()
+    assert (scores[:, 2:] == worst).all()
+    assert sorted(indices[0, :2].tolist()) == [0, 1]
+    scores, indices = fmkernels.knn(torch.randn(3, 4), torch.randn(0, 4), 2, metric=metric)
+    assert (indices == -1).all()
+    assert (scores == worst).all()
+    assert fmkernels.knn(torch.randn(0, 4), torch.randn(9, 4), 2, metric=metric)[0].shape == (0, 2)
+
+
+@every_metric
+def test_ties_go_to_the_lower_index(metric):
+    bank = torch.randn(5, 8).repeat(40, 1)
+    _, indices = fmkernels.knn(bank[2:3], bank, 6, metric=metric)
+    if metric != "inner_product":
+        assert indices.tolist() == [[2, 7, 12, 17, 22, 27]]
+    for row in indices:
+        assert (row.diff() > 0).all()
+
+
+@every_metric
+def test_nan_is_never_chosen(metric):
+    bank = torch.randn(9, 4)
+    bank[::2, 1] = torch.nan
+    scores, indices = fmkernels.knn(torch.randn(3, 4), bank, 9, metric=metric)
+    assert sorted(indices[0, :4].tolist()) == [1, 3, 5, 7]
+    assert (indices[:, 4:] == -1).all()
+    assert not scores.isnan().any()
+    _, indices = fmkernels.knn(torch.full((1, 4), torch.nan), bank, 3, metric=metric)
+    assert (indices == -1).all()
+
+
+@every_metric
+def test_info(use, metric):
+    use(PLANS["bfloat16"])
+    q = torch.randn(2, 3, 24)
+    if _library.native is None:
+        _, _, info = fmkernels.knn(q, torch.randn(90, 24), 5, metric=metric, return_info=True)
+        assert info.path == "reference"
+        return
+    use(PLANS["one tile"])
+    _, _, info = fmkernels.knn(q, torch.randn(900, 24), 5, metric=metric, return_info=True)
+    assert info.path == "bfloat16"
+    assert info.fallbacks == 0
+    assert info.candidates.shape == info.paths.shape == (2, 3)
+    assert 5 <= info.candidates.min() <= info.candidates.max() < 200  # far from all
+    use(PLANS["bfloat16"])
+    _, _, info = fmkernels.knn(q, torch.ones(90, 24), 5, metric=metric, return_info=True)
+    assert info.fallbacks == 6  # rows that nothing separates
+    assert (info.paths == reference.FELL_BACK).all()
+
+
+@needs_kernel
+@every_metric
+def test_fast_is_near(metric):
+    q, b = torch.randn(40, 64), torch.randn(2000, 64)
+    scores, indices = fmkernels.knn(q, b, 10, metric=metric)
+    fast, found = fmkernels.knn(q, b, 10, metric=metric, precision="fast")
+    shared = (found.unsqueeze(-1) == indices.unsqueeze(1)).any(-1).float().mean()
+    assert shared > 0.95
+    size = (q.norm(dim=1).amax() + b.norm(dim=1).amax()) ** 2 if metric != "cosine" else 1
+    assert (fast - scores).abs().max() < 0.01 * size
+    assert (fast.diff(dim=1) * (1 if metric == "l2" else -1) >= 0).all()
+
+
+@every_metric
+def test_rows_below_the_floor_may_be_left_out(metric):
+    """What streaming rests on: parts of a bank, each told how good the ones before were."""
+    q, b = torch.randn(8, 16), torch.randn(400, 16)
+    whole = search(q, b, 6, metric, "exact")
+    scores, indices = reference.empty_result(q, 6)
+    for start in range(0, 400, 90):
+        new, number, _, _ = search(q, b[start : start + 90], 6, metric, "exact", scores[:, -1])
+        number = torch.where(number < 0, -1, number + start)
+        scores, indices = reference.merge(
+            torch.cat([scores, new], 1), torch.cat([indices, number], 1), 6
+        )
+    assert torch.equal(indices, whole[1])
+    assert torch.equal(scores, whole[0])
+
+
+@every_metric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@every_plan
+def test_a_prepared_bank_gives_the_same(use, plan, metric, dtype):
+    from fmkernels.ops.knn.bank import prepare
+
+    use(plan)
+    q, b = torch.randn(8, 16).to(dtype), torch.randn(400, 16).to(dtype)
+    expected = search(q, b, 6, metric, "exact")
+    rows, *prepared = prepare(b, metric)
+    found = search(q, rows, 6, metric, "exact", None, *prepared)
+    assert all(torch.equal(a, x) for a, x in zip(found[:2], expected[:2], strict=True))
+
+
+@every_metric
+def test_scores_are_differentiable(metric):
+    q = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+
+    def scores(q, b):
+        return fmkernels.knn(q, b, 3, metric=metric)[0]
+
+    assert torch.autograd.gradcheck(scores, (q, b))
+    assert torch.autograd.gradgradcheck(scores, (q, b))
+    padded = fmkernels.knn(q, b[:2], 3, metric=metric)[0]
+    padded[:, :2].sum().backward()
+    assert q.grad.isfinite().all()
+    testing.check_gradient_layouts(scores, q.detach().float().requires_grad_(), b.detach().float())
+
+
+@every_metric
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_gives_the_same(metric, dynamic):
+    torch._dynamo.reset()
+
+    def function(q, b):
+        scores, indices, info = fmkernels.knn(q, b, 4, metric=metric, return_info=True)
+        return scores * 2, indices, info.candidates
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    for rows in (30, 50, 70):
+        q, b = torch.randn(rows // 10, 12, requires_grad=True), torch.randn(rows, 12)
+        expected, found = function(q, b), compiled(q, b)
+        torch.testing.assert_close(found, expected)
+        for scores in (expected[0], found[0]):
+            scores.sum().backward()
+
+
+@pytest.mark.parametrize("suffix", ["", "_reference"])
+def test_opcheck(suffix):
+    op = getattr(torch.ops.fmkernels, "knn" + suffix).default
+    for metric in METRICS:
+        torch.library.opcheck(op, (torch.randn(3, 8), torch.randn(20, 8), 4, metric))
+    floor = torch.zeros(3, dtype=torch.float64)
+    torch.library.opcheck(
+        op, (torch.randn(3, 8), torch.randn(20, 8), 4, "cosine", "exact", floor)
+    )
+
+
+def test_vmap_and_forward_mode_refuse():
+    q, b = torch.randn(3, 2, 8), torch.randn(9, 8)
+    with pytest.raises(NotImplementedError, match=r"knn: vmap is not supported"):
+        torch.func.vmap(lambda x: fmkernels.knn(x, b, 2)[0])(q)
+
+
+@needs_kernel
+def test_large_k_and_wide_rows():
+    q, b = torch.randn(3, 2000), torch.randn(3000, 2000)
+    check_exact(q, b, 2500, "cosine", *fmkernels.knn(q, b, 2500))
+
+
+def test_plans():
+    for queries in (0, 1, 16, 2048, 10**6):
+        for rows in (0, 1, 10**5, 2**40):
+            for k in (1, 30, 2048):
+                plan = config.cpu_plan(queries, 384, rows, k, torch.float32, True)
+                assert plan.chunk * plan.rows <= config.PRODUCTS
+                assert plan.rows >= 1
+                assert 1 <= plan.chunk <= plan.queries
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": 0}, ValueError, r"knn: k: expected an integer >= 1, got 0"),
+        ({"k": -3}, ValueError, r"knn: k: expected an integer >= 1, got -3"),
+        ({"k": 2.5}, ValueError, r"knn: k: expected an integer >= 1, got 2.5"),
+        ({"bank": torch.zeros(5, 3)}, ValueError, r"bank: expected rows of 4 numbers, as queries"),
+        ({"bank": torch.zeros(5, 2, 4)}, ValueError, r"bank: expected shape \(M, D\)"),
+        ({"bank": torch.zeros(5, 4).int()}, TypeError, r"bank: expected a floating-point dtype"),
+        ({"queries": torch.zeros(5, 4).long()}, TypeError, r"queries: expected a floating-point"),
+        ({"queries": [[1.0]]}, TypeError, r"queries: expected a torch.Tensor, got list"),
+        ({"queries": torch.tensor(1.0)}, ValueError, r"queries: expected at least one dimension"),
+        ({"metric": "dot"}, ValueError, r"metric: expected one of cosine, inner_product, l2"),
+        ({"precision": "low"}, ValueError, r"precision: expected one of exact, fast, got 'low'"),
+        ({"bank": torch.zeros(5, 4, device="meta")}, ValueError, r"bank: expected the device of q"),
+    ],
+)
+def test_refusals(change, error, message):
+    arguments = {"queries": torch.zeros(2, 4), "bank": torch.zeros(5, 4), "k": 2} | change
+    with pytest.raises(error, match=message):
+        fmkernels.knn(**arguments)
