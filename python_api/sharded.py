@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from fmkernels import _checks
-from fmkernels.ops.knn import public_scores
+from fmkernels.ops.knn import public_scores, search
 from fmkernels.ops.knn.reference import METRICS, merge
 
 from .arrays import Array, like, tensor_of
 from .bank import Bank, Found
-from .patch_index import PatchIndex
 
 OP = "sharded_search"
 NOTE_BYTES = 4096
 """Of what a rank tells the others; one size, so that nobody has to ask for it."""
 ERROR_CHARACTERS = 300
+GRACE = datetime.timedelta(seconds=10)
+"""For Gloo's own timeout to take effect before ours."""
 Done = TypeVar("Done")
 
 
@@ -131,12 +132,15 @@ class _Processes:
         if dist.get_rank(group) < 0:
             raise ValueError(f"{OP}: group: expected one that this process is a member of")
         self.group, self.timeout = group or dist.group.WORLD, timeout
-        self.options = distributed_c10d.AllgatherOptions()
-        self.options.timeout = datetime.timedelta(seconds=timeout)
         # NCCL alone has no way between CPUs
         on_cpu = "cpu:" in dist.get_backend_config(group)
         accelerator = None if on_cpu else torch.accelerator.current_accelerator()
         self.device = accelerator or torch.device("cpu")
+        self.options = distributed_c10d.AllgatherOptions()
+        self.limit = datetime.timedelta(seconds=timeout)
+        if on_cpu:  # Gloo gives up by itself; until then a thread of it keeps a process from ending
+            self.options.timeout = self.limit
+            self.limit += GRACE
 
     def together(
         self, work: Callable[[], tuple[Done, dict[str, Any]]]
@@ -170,10 +174,8 @@ class _Processes:
         size = dist.get_world_size(self.group)
         gathered = [torch.empty_like(tensor) for _ in range(size)]
         try:
-            # not dist.all_gather: without its own timeout the exchange would go on in the
-            # background after the wait, and keep a process from ending for half an hour
-            work = self.group.allgather([gathered], [tensor], self.options)
-            work.wait(self.options.timeout)
+            # not dist.all_gather, which has no timeout of its own but the group's, half an hour
+            self.group.allgather([gathered], [tensor], self.options).wait(self.limit)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{OP}: group: rank {dist.get_rank(self.group)} of {size} expected an answer of "
@@ -192,12 +194,23 @@ def _bank_of(shard: Any, metric: str | None) -> Bank:
                 f"{OP}: metric: expected None or the shard's own, {shard.metric!r}, got {metric!r}"
             )
         return shard
-    rows = tensor_of(OP, "shard", shard, "(M, D)")
-    index = PatchIndex(
-        rows.shape[1], metric=metric or "cosine", dtype=rows.dtype, device=rows.device
-    )
-    index.add(rows)
-    return index
+    return _Rows(tensor_of(OP, "shard", shard, "(M, D)"), metric or "cosine")
+
+
+class _Rows(Bank):
+    """A tensor that is searched once: nothing is prepared."""
+
+    def __init__(self, rows: Tensor, metric: str) -> None:
+        self.rows, self.dim, self.dtype, self.metric = rows, rows.shape[1], rows.dtype, metric
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _device(self) -> torch.device:
+        return self.rows.device
+
+    def _find(self, queries: Tensor, k: int, progress: bool = False) -> Found:
+        return Found(*search(queries, self.rows, k, self.metric, "exact"))
 
 
 def _check_agreement(notes: list[dict[str, Any]]) -> None:

@@ -30,7 +30,8 @@ def main(rank, world, folder):
         sharded_search(index, torch.eye(4), 2, timeout=3)
     except RuntimeError as error:
         print(f"{time.monotonic() - began:.1f} s: {error}", flush=True)
-        sys.exit(7)  # which waits for what is left of the exchange
+        dist.destroy_process_group()
+        sys.exit(7)  # neither waits for the group's own timeout
 
 
 if __name__ == "__main__":
