@@ -50,7 +50,9 @@ def test_neighbors_are_those_of_float64(metric, dtype, queries, rows, dim, k):
 @pytest.mark.parametrize("kind", HARD, ids=lambda kind: kind.__name__)
 def test_hard_banks(use, plan, metric, kind):
     use(plan)
-    for seed, (queries, rows, dim, k) in enumerate([(9, 150, 24, 5), (4, 90, 64, 60), (3, 70, 1, 2)]):
+    for seed, (queries, rows, dim, k) in enumerate(
+        [(9, 150, 24, 5), (4, 90, 64, 60), (3, 70, 1, 2)]
+    ):
         q, b = problem(kind, seed, queries, rows, dim)
         check_exact(q, b, k, metric, *fmkernels.knn(q, b, k, metric=metric))
 
@@ -320,9 +322,7 @@ def test_opcheck(suffix):
     for metric in METRICS:
         torch.library.opcheck(op, (torch.randn(3, 8), torch.randn(20, 8), 4, metric))
     floor = torch.zeros(3, dtype=torch.float64)
-    torch.library.opcheck(
-        op, (torch.randn(3, 8), torch.randn(20, 8), 4, "cosine", "exact", floor)
-    )
+    torch.library.opcheck(op, (torch.randn(3, 8), torch.randn(20, 8), 4, "cosine", "exact", floor))
 
 
 def test_vmap_and_forward_mode_refuse():
@@ -341,7 +341,7 @@ def test_plans():
     for queries in (0, 1, 16, 2048, 10**6):
         for rows in (0, 1, 10**5, 2**40):
             for k in (1, 30, 2048):
-                plan = config.cpu_plan(queries, 384, rows, k, torch.float32, True)
+                plan = config.cpu_plan(queries, 384, rows, k)
                 assert plan.chunk * plan.rows <= config.PRODUCTS
                 assert plan.rows >= 1
                 assert 1 <= plan.chunk <= plan.queries

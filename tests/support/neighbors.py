@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -53,7 +55,7 @@ def check_exact(queries, bank, k, metric, scores, indices):
             exact_ties = same & (size[q, found[:-1]] == size[q, found[1:]])
             equal = [
                 np.array_equal(bank[a].numpy(), bank[b].numpy())
-                for a, b in zip(found[:-1], found[1:], strict=True)
+                for a, b in itertools.pairwise(found)
             ]
             tied = exact_ties & np.array(equal, dtype=bool)
             assert (found[:-1] < found[1:])[tied].all(), f"query {q}: ties"
@@ -62,7 +64,9 @@ def check_exact(queries, bank, k, metric, scores, indices):
         # to float32, where the result is
         with np.errstate(all="ignore"):
             wanted = expected.astype(np.float32).astype(np.float64)
-            near = np.isclose(scores[q, : len(found)], wanted, rtol=2**-22, atol=1e-44, equal_nan=True)
+            near = np.isclose(
+                scores[q, : len(found)], wanted, rtol=2**-22, atol=1e-44, equal_nan=True
+            )
             slack = np.abs(scores[q, : len(found)] - expected) <= 2**-40 * size[q, found]
         assert (near | slack).all(), f"query {q}: scores {scores[q]} instead of {expected}"
 
@@ -70,7 +74,9 @@ def check_exact(queries, bank, k, metric, scores, indices):
 def near_ties(rng, queries, rows, dim):
     """Rows that differ from a few by 1e-7 of themselves."""
     base = rng.standard_normal((max(1, rows // 8), dim))
-    bank = np.concatenate([base * (1 + 1e-7 * rng.standard_normal((len(base), 1))) for _ in range(9)])
+    bank = np.concatenate(
+        [base * (1 + 1e-7 * rng.standard_normal((len(base), 1))) for _ in range(9)]
+    )
     bank = bank[:rows] + 1e-7 * rng.standard_normal((min(rows, len(bank)), dim))
     return rng.standard_normal((queries, dim)), bank
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,28 @@ class KNNInfo(NamedTuple):
         return int((self.paths == reference.FELL_BACK).sum())
 
 
+@overload
+def knn(
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    metric: str = ...,
+    precision: str = ...,
+    return_info: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def knn(
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    metric: str = ...,
+    precision: str = ...,
+    return_info: Literal[True],
+) -> tuple[Tensor, Tensor, KNNInfo]: ...
+
+
 def knn(
     queries: Tensor,
     bank: Tensor,
@@ -52,8 +74,8 @@ def knn(
     Args:
         queries: (…, D), of any floating dtype and strides.
         bank: (M, D), on the same device; M may be 0. Its dtype may be another.
-        k: how many, at least 1. Where the bank has fewer rows (or fewer whose score is not NaN), the
-            index is −1 and the score the metric's worst: −inf, and +inf for ``"l2"``.
+        k: how many, at least 1. Where the bank has fewer rows (or fewer whose score is not NaN),
+            the index is −1 and the score the metric's worst: −inf, and +inf for ``"l2"``.
         metric: ``"cosine"``, ``"inner_product"`` or ``"l2"``.
         precision: ``"exact"``, or ``"fast"``, which takes the low-precision product for the score:
             it may return another row where two scores differ by less than that product's error
@@ -71,8 +93,8 @@ def knn(
     Numerics:
         Rows are ordered by scores computed in float64 from the inputs as they are: those that a
         product in low precision cannot rule out, by the bound that is derived in
-        ``fmkernels/ops/knn/reference.py``. So near ties are resolved, nothing overflows, and neither
-        autocast nor ``torch.set_float32_matmul_precision`` changes the answer. Scores are
+        ``fmkernels/ops/knn/reference.py``. So near ties are resolved, nothing overflows, and
+        neither autocast nor ``torch.set_float32_matmul_precision`` changes the answer. Scores are
         differentiable with respect to queries and bank; the indices are constant.
 
     Source:
@@ -120,8 +142,8 @@ def check_arguments(op: str, queries: Any, bank: Any, k: Any, metric: Any) -> in
 def public_scores(found: Tensor, queries: Tensor, bank: Tensor, metric: str) -> Tensor:
     """The op's scores (float64, larger is better) as the public functions return them."""
     dtype = torch.promote_types(queries.dtype, bank.dtype)
-    found = -found if metric == "l2" else found
-    return found.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    return (-found if metric == "l2" else found).to(result)
 
 
 def _scores_of(

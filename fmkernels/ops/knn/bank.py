@@ -28,9 +28,9 @@ class PreparedRows(NamedTuple):
 
 
 def prepare(rows: Tensor, metric: str = "cosine") -> PreparedRows:
-    """Make rows ready for this machine's searches: a copy in low precision, where that is faster."""
+    """Make rows ready for this machine's searches: with a copy in low precision where that helps."""
     from fmkernels.ops.knn import cpp, search
 
     if rows.device.type != "cpu" or search.why_not("cpp") is not None or not has_fast_bfloat16():
         return PreparedRows(rows)
-    return cpp.shadow_of(rows, metric, torch.bfloat16)
+    return PreparedRows(rows, *cpp.shadow_of(rows, metric, torch.bfloat16))

@@ -26,10 +26,8 @@ class CpuPlan(NamedTuple):
     """Candidates in a tile that are more than a query should have."""
 
 
-def cpu_plan(
-    queries: int, dim: int, rows: int, k: int, dtype: torch.dtype, prepared: bool
-) -> CpuPlan:
-    """The plan of a search by ``queries`` of ``dim`` numbers in ``rows`` of a dtype."""
+def cpu_plan(queries: int, dim: int, rows: int, k: int) -> CpuPlan:
+    """The plan of a search by ``queries`` of ``dim`` numbers in as many rows."""
     chunk = min(max(queries, 1), 1024)
     tile = min(max(4096, PRODUCTS // chunk), 65536)
     product = torch.bfloat16 if has_fast_bfloat16() else torch.float32

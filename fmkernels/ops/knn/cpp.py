@@ -1,7 +1,7 @@
 """Exact nearest neighbours on a CPU: oneDNN's products, tile by tile, and our selection from them.
 
-``reference.py`` derives why that finds the nearest. A tile is cast, multiplied with all queries of a
-block, and looked at while it is in the cache; nothing that grows with the bank is allocated. In
+``reference.py`` derives why that finds the nearest. A tile is cast, multiplied with all queries of
+a block, and looked at while it is in the cache; nothing that grows with the bank is allocated. In
 memory at a time, beside the results, are at most
 
     QUERY_BLOCK × D × 2 to 4 bytes of queries,
@@ -10,13 +10,14 @@ memory at a time, beside the results, are at most
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fmkernels._autocast import product_dtype
 from fmkernels._library import native_function
 from fmkernels.ops.knn import reference
-from fmkernels.ops.knn.bank import PreparedRows
 from fmkernels.ops.knn.config import CpuPlan, cpu_plan
 
 _norms = native_function("knn_norms", "(Tensor rows) -> Tensor")
@@ -27,20 +28,36 @@ _select = native_function(
     "knn_select",
     "(Tensor products, Tensor? order, Tensor queries, Tensor query_norms, Tensor query_residuals,"
     " Tensor rows, Tensor row_norms, Tensor? row_residuals, int first_row, str metric,"
-    " bool unit, bool rescored, float factor_rounding, Tensor? floor, Tensor(a!) scores, Tensor(b!) indices,"
-    " Tensor(c!) candidates, Tensor(d!)? crowded, int crowd) -> ()",
+    " bool unit, bool rescored, float factor_rounding, Tensor? floor,"
+    " Tensor(a!) scores, Tensor(b!) indices, Tensor(c!) candidates, Tensor(d!)? crowded, int crowd) -> ()",
 )
 
 ROUNDED_FACTOR = 2.0**-8
 """Of float32 factors that a product may take as bfloat16; each loses half of that at most."""
 
 
-def shadow_of(rows: Tensor, metric: str, dtype: torch.dtype) -> PreparedRows:
-    """Rows in a product's dtype, of norm 1 for the cosine, with what that takes from them."""
+class Shadow(NamedTuple):
+    """Rows in a product's dtype."""
+
+    rows: Tensor
+    """(M, D)"""
+    norms: Tensor
+    """(M,), float64, of the rows that it is a shadow of."""
+    residuals: Tensor | None
+    """(M,), float32: the norm of what it lacks, at least; None where it lacks nothing."""
+
+    def tile(self, tile: slice) -> Shadow:
+        """Of some of the rows."""
+        residuals = None if self.residuals is None else self.residuals[tile]
+        return Shadow(self.rows[tile], self.norms[tile], residuals)
+
+
+def shadow_of(rows: Tensor, metric: str, dtype: torch.dtype) -> Shadow:
+    """Cast rows to a product's dtype, for the cosine at norm 1 unless they stay as they are."""
     wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32).contiguous()
     if rows.dtype == dtype and (metric != "cosine" or dtype == torch.float32):
-        return PreparedRows(rows, rows.contiguous(), _norms(wide))
-    return PreparedRows(rows, *_shadow(wide, metric == "cosine", dtype == torch.bfloat16))
+        return Shadow(rows.contiguous(), _norms(wide), None)
+    return Shadow(*_shadow(wide, metric == "cosine", dtype == torch.bfloat16))
 
 
 class _Queries:
@@ -66,10 +83,10 @@ def knn(
     scores, indices = reference.empty_result(queries, k)
     candidates = torch.zeros(len(queries), dtype=torch.int64)
     paths = torch.zeros(len(queries), dtype=torch.int64)
-    plan = cpu_plan(*queries.shape, len(bank), k, bank.dtype, shadow is not None)
-    if shadow is not None and shadow.dtype != plan.dtype:
-        shadow = norms = residuals = None  # made for another product
-    prepared = (shadow, norms, residuals)
+    plan = cpu_plan(len(queries), queries.shape[1], len(bank), k)
+    prepared = None
+    if shadow is not None and norms is not None and shadow.dtype == plan.dtype:
+        prepared = Shadow(shadow, norms, residuals)
     for start in range(0, len(queries), plan.queries):
         block = slice(start, start + plan.queries)
         found = (scores[block], indices[block], candidates[block])
@@ -77,7 +94,7 @@ def knn(
         search = _Search(queries[block], bank.dtype, metric, precision, limit, found, plan)
         for first in range(0, len(bank), plan.rows):
             tile = slice(first, first + plan.rows)
-            search.tile(bank[tile], first, *(None if x is None else x[tile] for x in prepared))
+            search.tile(bank[tile], first, prepared and prepared.tile(tile))
         paths[block] = search.paths
     return scores, indices, candidates, paths
 
@@ -98,7 +115,13 @@ class _Search:
         wide = torch.float64 in (queries.dtype, bank_dtype)
         dtype = torch.float64 if wide else torch.float32
         queries = queries.to(dtype).contiguous()
-        self.dtype, self.metric, self.plan, self.floor, self.found = dtype, metric, plan, floor, found
+        self.dtype, self.metric, self.plan, self.floor, self.found = (
+            dtype,
+            metric,
+            plan,
+            floor,
+            found,
+        )
         self.rescored = precision == "exact"
         self.queries = _Queries(queries, plan.dtype)
         self.paths = torch.full(
@@ -107,41 +130,33 @@ class _Search:
         )
         self.products = torch.empty(plan.chunk * plan.rows, dtype=plan.dtype)
 
-    def tile(
-        self,
-        rows: Tensor,
-        first: int,
-        shadow: Tensor | None,
-        row_norms: Tensor | None,
-        row_residuals: Tensor | None,
-    ) -> None:
+    def tile(self, rows: Tensor, first: int, shadow: Shadow | None) -> None:
         """Look at one more tile of the bank."""
         if shadow is None:
-            _, shadow, row_norms, row_residuals = shadow_of(rows, self.metric, self.plan.dtype)
+            shadow = shadow_of(rows, self.metric, self.plan.dtype)
         rows = rows.to(self.dtype).contiguous()
         total = len(self.queries.rows)
         crowded = torch.zeros(total, dtype=torch.bool) if self._may_fall_back() else None
         for start in range(0, total, self.plan.chunk):
-            chunk = slice(start, start + self.plan.chunk)
-            units = self.queries.units[chunk]
+            units = self.queries.units[start : start + self.plan.chunk]
             products = self.products[: len(units) * len(rows)].view(len(units), len(rows))
-            torch.mm(units, shadow.mT, out=products)
+            torch.mm(units, shadow.rows.mT, out=products)
             order = None if len(units) == total else torch.arange(start, start + len(units))
-            self._select(products, order, self.queries, rows, row_norms, row_residuals, first, crowded)
+            self._select(products, order, self.queries, rows, shadow, first, crowded)
         if crowded is not None and crowded.any():
-            self._again(crowded.nonzero().flatten(), rows, row_norms, first)
+            self._again(crowded.nonzero().flatten(), rows, first)
 
     def _may_fall_back(self) -> bool:
         return self.rescored and self.plan.dtype == torch.bfloat16
 
-    def _again(self, order: Tensor, rows: Tensor, row_norms: Tensor, first: int) -> None:
+    def _again(self, order: Tensor, rows: Tensor, first: int) -> None:
         """The queries with too many candidates, by a product in float32."""
         self.paths[order] = reference.FELL_BACK
-        _, shadow, _, row_residuals = shadow_of(rows, self.metric, torch.float32)
+        shadow = shadow_of(rows, self.metric, torch.float32)
         for part in order.split(self.plan.chunk // 2 or 1):
             queries = _Queries(self.queries.rows[part], torch.float32)
-            products = torch.mm(queries.units, shadow.mT)
-            self._select(products, part, queries, rows, row_norms, row_residuals, first, None)
+            products = torch.mm(queries.units, shadow.rows.mT)
+            self._select(products, part, queries, rows, shadow, first, None)
 
     def _select(
         self,
@@ -149,12 +164,12 @@ class _Search:
         order: Tensor | None,
         queries: _Queries,
         rows: Tensor,
-        row_norms: Tensor,
-        row_residuals: Tensor | None,
+        shadow: Shadow,
         first: int,
         crowded: Tensor | None,
     ) -> None:
         rounded = products.dtype == torch.float32 and product_dtype(products) != products.dtype
+        unit = self.metric == "cosine" and shadow.residuals is not None
         _select(
             products,
             order,
@@ -162,11 +177,11 @@ class _Search:
             self.queries.norms,
             queries.residuals,
             rows,
-            row_norms,
-            row_residuals,
+            shadow.norms,
+            shadow.residuals,
             first,
             self.metric,
-            self.metric == "cosine" and row_residuals is not None,
+            unit,
             self.rescored,
             ROUNDED_FACTOR if rounded else 0.0,
             self.floor,

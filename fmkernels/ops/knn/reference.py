@@ -10,31 +10,36 @@ and the answer is the k largest, larger first, equal ones by the lower index, a 
 computes all of them, tile by tile. The kernels compute only a few, for which they need a bound.
 
 **The bound.** Let a = ‖q‖, u = q/a, and û, b̂ what u and b become in the low precision (bfloat16 or
-float32). A matrix product returns s ≈ û·b̂. With σ = 1/‖b‖ (cosine) or 1, the distance between v =
-σ u·b, which orders like the score, and σ s is at most σ times the sum of
+float32). A matrix product returns s ≈ û·b̂. With σ = 1/‖b‖ (cosine) or 1, the distance between
+v = σ u·b, which orders like the score, and σ s is at most σ times the sum of
 
 1. ``‖u − û‖ ‖b‖ + ‖û‖ ‖b − b̂‖``: rounding of the factors, by Cauchy-Schwarz from the very rows'
    residual norms, which are measured, in float64, and not from the worst case. What a conversion
    flushes to zero, or takes to infinity, is part of the residual.
-2. ``D 2⁻²² ‖û‖ ‖b̂‖``: accumulation in float32, whose error in any order is at most D 2⁻²⁴ Σ|û_d b̂_d|.
-   The factor 4 covers hardware that truncates instead of rounding, or rounds twice per step.
+2. ``D 2⁻²² ‖û‖ ‖b̂‖``: accumulation in float32, whose error in any order is at most
+   D 2⁻²⁴ Σ|û_d b̂_d|, to first order. The factor 4 covers the rest, and hardware that truncates
+   instead of rounding, or rounds twice per step.
 3. ``2⁻⁸ |s|``: a bfloat16 product returns bfloat16. Nothing for one that returns float32.
-4. ``D 2⁻¹²⁵ (1 + ‖b‖)``: factors and products below the normal numbers may be flushed to zero: a
-   product that vanishes is below 2⁻¹²⁶, and a factor that vanishes takes 2⁻¹²⁶ times the other.
-5. ``2⁻²¹`` of what is added up: the comparison itself is done in float32, in five roundings or less.
+4. ``D 2⁻¹²⁵ (1 + ‖b‖)``: factors and products below the normal numbers may be flushed to zero. A
+   product that vanishes is below 2⁻¹²⁶, a factor that vanishes takes 2⁻¹²⁶ times the other.
+5. ``2⁻²¹ ‖b‖``: the comparison itself is done in float32, in five roundings or less.
+
+A shadow of bfloat16 rows for the cosine is made of b/‖b‖ instead of b, so that σ = 1.
 
 For ``l2``, with half squared norms h = ‖b‖²/2, the row that is nearest maximises a u·b − h, since
-−‖q − b‖²/2 = a u·b − h − a²/2; both parts are divided by S max(a, S), S the largest ‖b‖ of the tile,
-so that nothing overflows, and point 5 counts |h| in. Where a product is told to round its float32
-factors (``torch.set_float32_matmul_precision``), point 1 has their rounding as 2⁻⁸ each.
+−‖q − b‖²/2 = a u·b − h − a²/2. Both parts are divided by S max(a, S), S the largest ‖b‖ of the
+tile, so that nothing overflows; point 5 counts 2⁻²¹ h in, and 2⁻¹²⁰ covers what vanishes.
 
-**Selection.** A row can be among the k nearest only if its upper end v + e reaches a lower bound t of
-the k-th largest v. Any k rows give one: the smallest of their lower ends v − e, or, once k rows have
-been scored in float64, the k-th best of those. So a tile is compared with t; the rows that reach it,
-the candidates, are scored in float64 from the inputs themselves and merged. An infinite or undefined
-e (a row with an infinite entry, or a norm outside of float32) makes a candidate. Hence the answer
-never depends on the low precision, on tiles, threads or on the order of the products: those decide
-only how many rows are scored twice.
+Where a float32 product is told to round its factors (``torch.set_float32_matmul_precision``), each
+loses 2⁻⁹ of its norm with bfloat16, and less with TF32: ``3 · 2⁻⁸ ‖û‖ ‖b̂‖`` more, generously.
+
+**Selection.** A row can be among the k nearest only if its upper end v + e reaches a lower bound t
+of the k-th largest v. Any k rows give one: the smallest of their lower ends v − e, or, once k rows
+have been scored in float64, the k-th best of those. So a tile is compared with t; the rows that
+reach it, the candidates, are scored in float64 from the inputs themselves and merged. A row whose e
+is infinite or undefined (it has an infinite entry, or a norm outside of 2⁻¹⁰⁰ … 2¹²⁰) is always a
+candidate. Hence the answer does not depend on the low precision, on tiles, threads or on the order
+of the products: those decide only how many rows are scored twice.
 
 Where bfloat16 leaves many candidates in a tile, the same comparison is made with a float32 product
 first; what is still undecided, such as equal rows, is scored in float64, as everything else.
@@ -112,8 +117,8 @@ def unit(rows: Tensor) -> Tensor:
 def merge(scores: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of (Q, n) scores and their indices: larger first, then the lower index.
 
-    An index of −1 is no row; where fewer than k are left, −inf and −1 follow. So results of parts of
-    a bank, side by side, become those of the whole.
+    An index of −1 is no row; where fewer than k are left, −inf and −1 follow. So results of parts
+    of a bank, side by side, become those of the whole.
     """
     scores = scores.masked_fill(indices < 0, -torch.inf)
     by_index = indices.masked_fill(indices < 0, LAST).argsort(dim=-1, stable=True)

@@ -103,8 +103,8 @@ def check_labels(op: str, labels: Any, bank: Tensor, num_classes: int | None) ->
             raise TypeError(f"{op}: labels: expected numbers, got {labels.dtype}")
         if num_classes not in (None, labels.shape[1]) or not labels.shape[1]:
             raise ValueError(
-                f"{op}: labels: expected {num_classes or 'at least 1'} columns, one for each class, "
-                f"got shape {_checks.shape(labels)}"
+                f"{op}: labels: expected {num_classes or 'at least 1'} columns, one for each "
+                f"class, got shape {_checks.shape(labels)}"
             )
         return labels.shape[1]
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
