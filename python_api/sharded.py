@@ -68,6 +68,11 @@ def sharded_search(
             says which, and why), or a process has ended or does not answer in time. After the
             latter the group cannot be used any more.
 
+    Numerics:
+        The kernels score a row in the same way wherever it lies. The reference backend multiplies
+        matrices, whose last bit in float64 may depend on their size; of that, float32 results
+        show nothing but the order of equal rows.
+
     Source:
         Johnson et al., *Billion-scale similarity search with GPUs*, 2017, shard a bank in this way.
 
