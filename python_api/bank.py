@@ -36,6 +36,8 @@ class Bank(abc.ABC):
     """``"cosine"``, ``"inner_product"`` or ``"l2"``."""
     dtype: torch.dtype
     """Of the rows."""
+    engine: str = "exact"
+    """What searches; only the exact one can say how."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -83,7 +85,8 @@ class Bank(abc.ABC):
 
         Raises:
             TypeError: the queries are not floating-point.
-            ValueError: queries or k do not fit; the message names the argument.
+            ValueError: queries or k do not fit, or faiss is asked for information; the message
+                names the argument.
 
         Example:
             >>> import numpy as np
@@ -96,6 +99,11 @@ class Bank(abc.ABC):
         """
         op = f"{type(self).__name__}.search"
         checked, k = self._check_search(op, queries, k)
+        if return_info and self.engine != "exact":
+            raise ValueError(
+                f"{op}: return_info: expected False with engine={self.engine!r}, got True; "
+                "recall() says how good its answers are"
+            )
         flat = checked.reshape(-1, self.dim)
         found = self._find(flat, k, progress)
         scores = public_scores(found.scores, flat, flat.new_empty(0, dtype=self.dtype), self.metric)
@@ -111,7 +119,7 @@ class Bank(abc.ABC):
         """Refuse in words what does not fit; the queries as a tensor, and k as Python's integer."""
         device = self._device()
         tensor = tensor_of(op, "queries", queries)
-        if tensor is not queries and not isinstance(queries, Tensor) and device is not None:
+        if not isinstance(queries, Tensor) and device is not None:
             tensor = tensor.to(device)
         if tensor.shape[-1] != self.dim:
             raise ValueError(

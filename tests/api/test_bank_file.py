@@ -62,6 +62,7 @@ def test_any_number_of_rows(tmp_path, small_tiles, count):
     rows, queries = torch.randn(count, 3), torch.randn(5, 3)
     for path in written(tmp_path, rows):
         assert same(open_bank(path).search(queries, 4), fmkernels.knn(queries, rows, 4))
+        assert open_bank(path).search(queries[:0], 4)[1].shape == (0, 4)
 
 
 def test_arrays_in_arrays_out_and_progress(tmp_path, small_tiles, capsys):

@@ -64,6 +64,14 @@ def test_an_empty_index_finds_nothing():
     assert (scores == -torch.inf).all()
 
 
+@pytest.mark.parametrize("settings", [{}, {"engine": "faiss", "factory": "Flat"}], ids=str)
+def test_no_queries(settings):
+    index = filled(torch.eye(4), **settings)
+    scores, indices = index.search(torch.empty(2, 0, 4), 3, progress=True)
+    assert scores.shape == indices.shape == (2, 0, 3)
+    assert index.search(np.empty((0, 4), np.float32), 3)[1].shape == (0, 3)
+
+
 def test_one_array_is_not_copied():
     array = np.random.default_rng(0).standard_normal((20, 4), dtype=np.float32)
     index = filled(array)
@@ -481,6 +489,9 @@ def test_positions_that_do_not_fit(indices, error, message):
 
 
 def test_other_refusals(monkeypatch):
+    approximate = filled(torch.eye(4), engine="faiss", factory="Flat")
+    with pytest.raises(ValueError, match="return_info: expected False with engine='faiss'"):
+        approximate.search(torch.eye(4), 1, return_info=True)
     few = filled(torch.randn(10, 4), engine="faiss", factory="IVF64,Flat")
     with pytest.raises(ValueError, match=r"rows to train 'IVF64,Flat' .*, got 10: add more"):
         few.search(torch.zeros(1, 4), 1)

@@ -50,6 +50,7 @@ def test_every_rank_has_the_answer_of_one_process(results):
         for found in searched:
             assert torch.equal(found[name][1], expected[1]), name
             assert torch.equal(found[name][0], expected[0]), name
+    assert all(found["no queries"][1].shape == (0, 3) for found in searched)
 
 
 def test_ties_are_across_shards():

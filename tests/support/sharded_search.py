@@ -40,6 +40,7 @@ def searched(rank, world):
     for name, sizes, kind, metric, k in cases(world):
         shard = rows(kind, sum(sizes)).split(sizes)[rank]
         results[name] = sharded_search(shard, queries(kind), k, metric=metric, timeout=60)
+    results["no queries"] = sharded_search(rows("random", 4), queries("random")[:0], 3, timeout=60)
     return results
 
 
