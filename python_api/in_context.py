@@ -18,7 +18,7 @@ from .patch_encoder import Augmentation, Encoder, batches, counted, encode, eval
 from .patch_memory import PatchMemory
 from .segmentation_metrics import ConfusionMatrix, Matching
 
-CLASSES = 32
+CLASSES = 8
 """Classes whose full-size maps are in memory at a time."""
 
 
@@ -72,7 +72,7 @@ class InContextSegmenter:
     Numerics:
         Neighbours are exact (:func:`fmkernels.knn`); labels are summed in float32 (float64 for
         float64 features). Neither the neighbours' features, nor a one-hot mask, nor full-size maps
-        of more than 32 classes are ever in memory.
+        of more than 8 classes are ever in memory.
 
     Source:
         Balažević et al., *Towards In-Context Scene Understanding*, NeurIPS 2023; protocol of its
@@ -166,8 +166,12 @@ class InContextSegmenter:
 
     def propagate(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> labels of their patches, (B, rows, columns, C), of sum 1."""
-        labels, (rows, columns) = self._propagate(images)
-        return labels.unflatten(1, (rows, columns))
+        tokens, grid = self._encode(images)
+        memory = self.memory
+        scores, indices = memory.search(tokens.flatten(0, 1), min(self.k, len(memory)))
+        shares = weights(scores, indices, self.temperature)
+        labels = vote(shares, indices, memory.labels, self.num_classes)
+        return labels.view(len(images), *grid, self.num_classes)
 
     def predict_proba(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Images (B, 3, H, W) -> (B, C, H, W), or of another ``size`` (height, width)."""
@@ -280,15 +284,6 @@ class InContextSegmenter:
             )
         return tokens.to(memory.features.device), grid
 
-    def _propagate(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Labels (B, N, C) of the patches, and their grid."""
-        tokens, grid = self._encode(images)
-        memory = self.memory
-        scores, indices = memory.search(tokens.flatten(0, 1), min(self.k, len(memory)))
-        shares = weights(scores, indices, self.temperature)
-        labels = vote(shares, indices, memory.labels, self.num_classes)
-        return labels.unflatten(0, tokens.shape[:2]), grid
-
     def __repr__(self) -> str:
         memory = "not fitted" if self._memory is None else repr(self._memory)
         return (
@@ -309,9 +304,8 @@ def _largest(maps: Tensor, size: tuple[int, int]) -> Tensor:
         for first in range(0, maps.shape[1], CLASSES):
             part = image[None, first : first + CLASSES]
             full = F.interpolate(part, size, mode="bilinear", align_corners=False)[0]
-            value, index = full.max(dim=0)
-            del full  # before the next one is made
-            better = value > best
-            chosen[better] = index[better] + first
-            best = torch.where(better, value, best)
+            for c, share in enumerate(full, first):  # takes half the time of full.max(dim=0)
+                chosen.masked_fill_(share > best, c)
+                torch.maximum(best, share, out=best)
+            del full, share  # before the next ones are made
     return classes

@@ -161,7 +161,8 @@ def _pair(op: str, item: Any) -> tuple[Tensor, Tensor]:
 def length(dataset: Any) -> int | None:
     """How many images a dataset has, or the one that a DataLoader reads, if it says so."""
     try:
-        return len(dataset.sampler if isinstance(dataset, DataLoader) else dataset)
+        images: Any = dataset.sampler if isinstance(dataset, DataLoader) else dataset
+        return len(images)
     except TypeError:
         return None
 

@@ -301,19 +301,19 @@ class _Table:
 
 def _share(op: str, size: Any, num_images: int | None, epochs: int) -> int:
     """K, the patches that every image may keep."""
-    size = _checks.positive_integer(op, "size", size, ", or None for no limit")
+    limit = _checks.positive_integer(op, "size", size, ", or None for no limit")
     if num_images is None:
         raise ValueError(
             f"{op}: num_images: expected the number of images, by which size is divided, because "
             "the dataset has no length; got None"
         )
     num_images = _checks.positive_integer(op, "num_images", num_images)
-    if size < num_images * epochs:
+    if limit < num_images * epochs:
         raise ValueError(
             f"{op}: size: expected at least a patch for each of {num_images} images and {epochs} "
-            f"epochs, {num_images * epochs}, got {size}"
+            f"epochs, {num_images * epochs}, got {limit}"
         )
-    return size // (num_images * epochs)
+    return limit // (num_images * epochs)
 
 
 def _check_number(op: str, seen: int, expected: int) -> None:

@@ -7,6 +7,7 @@ import uuid
 import zlib
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,4 +72,5 @@ def _checksum(table: Tensor) -> str:
     """safetensors notices a file that is too short, but no byte that has changed."""
     if not table.numel():
         return "0"
-    return str(zlib.crc32(table.reshape(-1).view(torch.uint8).numpy()))
+    data: Any = table.reshape(-1).view(torch.uint8).numpy()
+    return str(zlib.crc32(data))

@@ -17,7 +17,7 @@ from fmkernels.demo import photographs
 
 DIGITS = (0, 1, 2, 3, 4, 7)
 CLASSES = ("background", *map(str, DIGITS))
-MIN_SIDE, MAX_SIDE = 16, 26
+MIN_SIDE, MAX_SIDE = 24, 36
 """Of an enlarged digit."""
 TRAIN_SHARE = 0.7
 
@@ -88,7 +88,7 @@ def _scene(
         if mask[place].any():  # it would hide another digit
             continue
         large = F.interpolate(drawing[None, None], (side, side), mode="bicubic")[0, 0]
-        cover = ((large - 0.35) / 0.2).clamp(0, 1)
+        cover = ((large - 0.25) / 0.2).clamp(0, 1)
         colour = torch.rand(3, 1, 1, generator=generator)
         dark = image[(slice(None), *place)].mean() > 0.5
         colour = 0.35 * colour if dark else 1 - 0.35 * colour
