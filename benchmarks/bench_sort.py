@@ -10,16 +10,20 @@ from pathlib import Path
 import measure
 import parity
 import pytest
+import roofline
 import torch
 from beside import beside, in_a_process
 from diffsort import DiffSortNet
-from providers import STEEPNESS
+from sort.parity import log_errors
+from sort.providers import STEEPNESS
+from sort.workloads import TOO_LARGE, WORKLOADS, Sorting
 from torch.nn import functional as F
-from workloads import TOO_LARGE, WORKLOADS, Sorting
 
 import fmkernels
 from fmkernels import _library
 from fmkernels.ops.soft_sort import DISTRIBUTIONS
+
+SUITE = "sort"
 
 LIMIT_S = 600
 """For a peer to be compiled and measured."""
@@ -75,17 +79,10 @@ def test_time_alone_and_share_of_the_roofline(name, record, benchmark):
     parity.check(TOO_LARGE.get(name, workload), "reference")
     with measure.watch_others() as watched:
         benchmark.pedantic(workload.step("fmkernels"), rounds=31, warmup_rounds=4)
-    times, roof = benchmark.stats.stats, measure.roofline()
-    facts = {
-        "median_ms": times.median * 1e3,
-        "q1_ms": times.q1 * 1e3,
-        "q3_ms": times.q3 * 1e3,
-        "microseconds_per_row": times.median * 1e6 / workload.rows,
-        "share_of_matmul_rate": workload.operations() / times.median / roof["operations_per_s"],
-        "share_of_copy_rate": workload.bytes_moved() / times.median / roof["bytes_per_s"],
-    }
-    rounded = {key: measure.digits(fact) for key, fact in (facts | roof).items()}
-    record(name, "alone", rows=workload.rows, **rounded, **watched)
+    stats = benchmark.stats.stats
+    facts = measure.quartiles(stats) | roofline.shares(workload, stats.median)
+    per_row = measure.digits(stats.median * 1e6 / workload.rows)
+    record(name, "alone", rows=workload.rows, microseconds_per_row=per_row, **facts, **watched)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +94,7 @@ def test_memory(name, record):
     inputs = workload.inputs(seed=0)
     peak, kept = {}, {}
     for provider in ("fmkernels", "diffsort")[: 1 if name in TOO_LARGE else 2]:
-        peak[provider] = measure.peak_extra_bytes("workloads", name, provider)
+        peak[provider] = measure.peak_extra_bytes(name, provider)
         kept[provider] = measure.bytes_kept(workload.forward(provider, inputs), *inputs)
     record(name, "memory", peak_bytes=peak, kept_bytes=kept)
 
@@ -112,7 +109,7 @@ def test_accuracy_of_log_probabilities(distribution, record):
         "fmkernels": fmkernels.soft_sort(scores, **settings)[1],
         "diffsort": DiffSortNet("bitonic", workload.n, **settings)(scores)[1],
     }
-    errors = {name: parity.log_errors(p, exact) for name, p in found.items()}
+    errors = {name: log_errors(p, exact) for name, p in found.items()}
     record("accuracy", distribution, **errors)
 
 

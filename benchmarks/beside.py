@@ -1,4 +1,4 @@
-"""python beside.py WORKLOAD PEER: how many times faster than the peer, as JSON."""
+"""python beside.py WORKLOAD PEER [OURS]: how many times faster than the peer, as JSON."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ import parity
 import torch
 from workloads import WORKLOADS
 
-YARDSTICKS = {"torchsort": "diffsort"}
-"""Who judges our result beside a peer that computes something else."""
 
-
-def beside(name: str, peer: str) -> dict[str, Any]:
+def beside(name: str, peer: str, ours: str = "fmkernels") -> dict[str, Any]:
     """Parity, then the ratio."""
     workload = WORKLOADS[name]
-    found = parity.check(workload, YARDSTICKS.get(peer, peer))
-    ratio = measure.ratio(**{peer: workload.step(peer), "fmkernels": workload.step("fmkernels")})
-    return ratio | found
+    found = parity.check(workload, peer, ours=ours)
+    return measure.ratio(**{who: workload.step(who) for who in (peer, ours)}) | found
 
 
 def in_a_process(name: str, peer: str, limit_s: float = 600, **environment: str) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Collects and shows what the benchmarks measured; ``--save-results`` writes benchmarks/results.
 
-A file is of one machine and one torch: ``results[workload][measurement]``, and every measurement
-says of which revision and day it is. One that is taken again replaces the one before as a whole.
+A file is of one suite (``SUITE`` of the bench file), machine and torch:
+``results[workload][measurement]``, and every measurement says of which revision and day it is. One
+that is taken again replaces the one before as a whole.
 """
 
 import datetime
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -12,16 +14,18 @@ from pathlib import Path
 
 import measure
 import pytest
-import report
 import torch
+from suites import SUITES
 
 import fmkernels
 from fmkernels import info
+from fmkernels.ops.knn.config import has_fast_bfloat16
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GENERATED = ("benchmarks/results", "docs/benchmarks", "docs/backends.md", "README.md")
 COLLECTED = {}
+"""Results by suite."""
 
 
 def pytest_addoption(parser):
@@ -31,7 +35,7 @@ def pytest_addoption(parser):
         const=RESULTS,
         type=Path,
         metavar="FOLDER",
-        help="write FOLDER/sort-<machine>.json (default folder: benchmarks/results)",
+        help="write FOLDER/<suite>-<machine>.json (default folder: benchmarks/results)",
     )
 
 
@@ -47,11 +51,12 @@ def origin():
 
 
 @pytest.fixture
-def record(origin):
-    """record(workload, measurement, **facts): what goes into the results."""
+def record(origin, request):
+    """record(workload, measurement, **facts): what goes into the results of the suite."""
+    results = COLLECTED.setdefault(request.module.SUITE, {})
 
     def add(workload, measurement, **facts):
-        COLLECTED.setdefault(workload, {})[measurement] = origin | facts
+        results.setdefault(workload, {})[measurement] = origin | facts
         print(f"\n{workload}, {measurement}: {facts}")
 
     return add
@@ -76,35 +81,54 @@ def revision():
         return "unknown"
 
 
-def machine():
+def machine(suite):
     facts = info.collect()
     names = ("cpu", "instruction set", "threads", "torch", "numpy", "python", "system")
-    return {name: facts[name] for name in names} | {"fmkernels": fmkernels.__version__}
+    package = SUITES[suite].package
+    return {name: facts[name] for name in names} | {
+        "fmkernels": fmkernels.__version__,
+        "bfloat16": bfloat16(),
+        package: importlib.metadata.version(package),
+    }
 
 
-def merged(saved, facts):
-    """The saved results of this very machine with what was measured now."""
-    results = saved["results"] if saved.get("machine") == facts else {}
-    for workload, measurements in COLLECTED.items():
+def bfloat16():
+    """What multiplies it here; on it depends which product a search takes."""
+    if not has_fast_bfloat16():
+        return "no bfloat16 in hardware"
+    return "AMX" if torch.cpu._is_amx_tile_supported() else "AVX512-BF16"
+
+
+def merged(saved, facts, measured):
+    """The saved results of this very machine, of which less may be known, with those of now."""
+    same = saved and saved["machine"].items() <= facts.items()
+    results = saved["results"] if same else {}
+    for workload, measurements in measured.items():
         results[workload] = results.get(workload, {}) | measurements
     return {"machine": facts, "results": dict(sorted(results.items()))}
 
 
 def pytest_terminal_summary(terminalreporter):
-    if COLLECTED:
-        terminalreporter.write_line(report.section({"machine": machine(), "results": COLLECTED}))
+    for suite, results in COLLECTED.items():
+        if results:
+            shown = SUITES[suite].section({"machine": machine(suite), "results": results})
+            terminalreporter.write_line("\n".join(shown))
 
 
 def pytest_sessionfinish(session, exitstatus):
     folder = session.config.getoption("--save-results")
-    if not (folder and COLLECTED):
-        return
-    facts = machine()
+    for suite, results in COLLECTED.items():
+        if folder and results:
+            save(suite, results, folder)
+
+
+def save(suite, results, folder):
+    facts = machine(suite)
     words = f"{facts['cpu']} {facts['instruction set']}".lower()
-    path = folder / f"sort-{re.sub(r'[^a-z0-9]+', '-', words).strip('-')}.json"
+    path = folder / f"{suite}-{re.sub(r'[^a-z0-9]+', '-', words).strip('-')}.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(merged(saved, facts), indent=1) + "\n")
+    temporary.write_text(json.dumps(merged(saved, facts, results), indent=1) + "\n")
     temporary.replace(path)
     print(f"\nwrote {path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from markdown import table, three
 from problems import (
     CROSS_ENTROPY,
     FLOAT,
@@ -16,9 +17,8 @@ from problems import (
     size,
     transposed,
 )
-from report import table, three
+from sort.workloads import Sorting
 from walk import Walk
-from workloads import Sorting
 
 GROUP_ROWS = 4
 """max_group_rows of sorting_plan.h."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from markdown import table, three
 from problems import (
     CAPABILITY,
     CLOCK,
@@ -18,7 +19,6 @@ from problems import (
     transposed,
 )
 from problems import PROBLEMS as ALL
-from report import table, three
 from walk import Walk
 
 from fmkernels.ops.soft_sort.config import BlockPlan, block_plan

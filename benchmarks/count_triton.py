@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from markdown import table, three
 from problems import (
     CAPABILITY,
     CLOCK,
@@ -25,7 +26,6 @@ from problems import (
     size,
     transposed,
 )
-from report import table, three
 
 from fmkernels.ops.soft_sort.config import Plan, heuristic, launch_plan
 

@@ -8,7 +8,8 @@ import sys
 import count_cpu
 import count_cuda
 import count_triton
-from report import ROOT, generated
+from markdown import generated
+from report import ROOT
 
 PAGES = {"cpu": count_cpu.tables, "triton": count_triton.tables, "cuda": count_cuda.tables}
 

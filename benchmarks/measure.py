@@ -73,35 +73,61 @@ def bootstrap(samples: list[float], repeats: int = 2000) -> tuple[float, float]:
 def ratio(*, pairs: int | None = None, **functions: Callable[[], object]) -> dict[str, Any]:
     """The time of the first function over that of the second, from pairs A B B A ….
 
-    A fast function is called for about 20 ms a sample.
-
     Returns:
         ``of``: what was divided by what; the ``median`` over the ``pairs`` and its bootstrap 95 %
         interval from ``low`` to ``high``; ``ms``: the median time of each; ``others``, see
         ``watch_others``.
     """
-    numerator, denominator = functions
-    both = tuple(functions.values())
-    durations = [warm_up(function) for function in both]
+    times, watched = interleaved(functions, pairs)
+    ratios = [a / b for a, b in zip(*times.values(), strict=True)]
+    return {"of": " / ".join(functions)} | interval(ratios) | medians(times) | watched
+
+
+def addition(*, pairs: int | None = None, **functions: Callable[[], object]) -> dict[str, Any]:
+    """What the second function takes beyond the first, in % of the first, from pairs A B B A ….
+
+    The median of the paired differences; the rest as ``ratio`` returns it.
+    """
+    times, watched = interleaved(functions, pairs)
+    base, whole = times.values()
+    percent = 100 / statistics.median(base)
+    added = [percent * (b - a) for a, b in zip(base, whole, strict=True)]
+    first, second = functions
+    return {"of": f"({second} - {first}) / {first}"} | interval(added) | medians(times) | watched
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], pairs: int | None
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of two functions, warm, called in turn; and what others took meanwhile.
+
+    A fast function is called for about 20 ms a sample.
+    """
+    durations = {name: warm_up(function) for name, function in functions.items()}
     if pairs is None:
-        pairs = next(count for limit, count in PAIRS if max(durations) <= limit)
-    calls = [max(1, min(2000, round(20e-3 / max(duration, 1e-7)))) for duration in durations]
-    times: tuple[list[float], list[float]] = ([], [])
+        pairs = next(count for limit, count in PAIRS if max(durations.values()) <= limit)
+    calls = {
+        name: max(1, min(2000, round(20e-3 / max(duration, 1e-7))))
+        for name, duration in durations.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in functions}
     with watch_others() as watched:
         for pair in range(pairs):
-            for which in (0, 1) if pair % 2 == 0 else (1, 0):
-                times[which].append(seconds(both[which], calls[which]))
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    low, high = bootstrap(ratios)
-    milliseconds = [statistics.median(samples) * 1e3 for samples in times]
-    return {
-        "of": f"{numerator} / {denominator}",
-        "median": digits(statistics.median(ratios)),
-        "low": digits(low),
-        "high": digits(high),
-        "pairs": pairs,
-        "ms": dict(zip(functions, map(digits, milliseconds), strict=True)),
-    } | watched
+            for name in list(functions)[:: 1 if pair % 2 == 0 else -1]:
+                times[name].append(seconds(functions[name], calls[name]))
+    return times, watched
+
+
+def interval(samples: list[float]) -> dict[str, float]:
+    """The median, its bootstrap 95 % interval, and of how many pairs."""
+    low, high = bootstrap(samples)
+    figures = {"median": statistics.median(samples), "low": low, "high": high}
+    return {name: digits(figure) for name, figure in figures.items()} | {"pairs": len(samples)}
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Milliseconds."""
+    return {"ms": {name: digits(1e3 * statistics.median(each)) for name, each in times.items()}}
 
 
 @contextlib.contextmanager
@@ -143,27 +169,19 @@ def bytes_kept(forward: Callable[[], object], *inputs: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def peak_extra_bytes(module: str, workload: str, provider: str, processes: int = 3) -> int:
+def peak_extra_bytes(workload: str, provider: str, processes: int = 3) -> int:
     """Rise of the peak resident size over one step, scratch included: the median over processes.
 
     diffsort's, of a matrix of 3,136 rows, was seen at 1.0, 1.0, 1.1 and 2.8 GB.
     """
-    command = [sys.executable, str(Path(__file__).parent / "peak.py"), module, workload, provider]
+    command = [sys.executable, str(Path(__file__).parent / "peak.py"), workload, provider]
     return statistics.median_low(
         int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
         for _ in range(processes)
     )
 
 
-def roofline() -> dict[str, float]:
-    """The best of this machine, measured in this run: float32 mm and a copy, with 2 threads."""
-    a, b = torch.randn(2, 2048, 2048).unbind()
-    source, target = torch.randn(2, 2**26).unbind()
-    warm_up(lambda: a @ b)
-    warm_up(lambda: target.copy_(source))
-    matmul = min(seconds(lambda: a @ b) for _ in range(5))
-    copy = min(seconds(lambda: target.copy_(source)) for _ in range(5))
-    return {
-        "operations_per_s": 2 * 2048**3 / matmul,
-        "bytes_per_s": 2 * source.numel() * 4 / copy,
-    }
+def quartiles(stats: Any) -> dict[str, float]:
+    """Milliseconds, of pytest-benchmark's statistics."""
+    names = {"median_ms": stats.median, "q1_ms": stats.q1, "q3_ms": stats.q3}
+    return {name: digits(1e3 * figure) for name, figure in names.items()}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import status
-from report import table, three
-from workloads import Sorting
+from markdown import table, three
+from sort.workloads import Sorting
 
 from fmkernels.ops.soft_sort.networks import layers
 

@@ -5,17 +5,34 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from markdown import table
+
 from fmkernels import _library, info
 from fmkernels.ops.soft_sort import MAX_KERNEL_SIZE
 from fmkernels.ops.soft_sort.config import MAX_CUDA_SIZE, MAX_TRITON_SIZE
 
-LIMITS = {
+TITLES = {
+    "reference": "`reference` (PyTorch)",
+    "cpp": "`cpp` (CPU)",
+    "triton": "`triton` (GPU)",
+    "cuda": "`cuda` (GPU)",
+}
+
+SORTING = {
     "reference": "every device",
     "cpp": f"n ≤ {MAX_KERNEL_SIZE:,}",
     "triton": f"n ≤ {MAX_TRITON_SIZE}, not float64",
     "cuda": f"n ≤ {MAX_CUDA_SIZE}, not float64",
 }
-"""Of every op on a sorting network."""
+"""Limits of every op on a sorting network."""
+
+LIMITS = {"knn": {"reference": "every device", "cpp": "any size", "triton": ""}}
+"""Of the others."""
+
+COMPOSED = {
+    "patch_neighbor_loss": "composed of PyTorch products and `soft_sort_cross_entropy`",
+    "knn_label_propagation": "composed of `knn` and PyTorch's gathers",
+}
 
 
 def verified() -> dict[str, dict[str, str]]:
@@ -24,18 +41,21 @@ def verified() -> dict[str, dict[str, str]]:
 
 def backends(dates: dict[str, dict[str, str]]) -> list[str]:
     """A Markdown table: for every op and backend its limit, and when it last ran on a GPU."""
-    lines = [
-        "| op | `reference` (PyTorch) | `cpp` (CPU) | `triton` (GPU) | `cuda` (GPU) |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, op in sorted(_library.OPS.items()):
+        limits = LIMITS.get(name, SORTING)
         cells = [f"`{name}`"]
-        for backend, limit in LIMITS.items():
-            date = dates.get(name, {}).get(backend, "unverified")
-            cells.append(f"{limit}; {date}" if backend in op.gpu_kernels else limit)
-        lines.append(f"| {' | '.join(cells)} |")
-    composed = "composed of PyTorch products and `soft_sort_cross_entropy`"
-    return [*lines, f"| `patch_neighbor_loss` | {composed} | | | |"]
+        for backend in TITLES:
+            limit = limits.get(backend, "")
+            if backend in op.gpu_kernels:
+                date = dates.get(name, {}).get(backend, "unverified")
+                cells.append("; ".join(filter(None, (limit, date))))
+            else:
+                cells.append(limit)
+        rows.append(cells)
+    for name, words in COMPOSED.items():
+        rows.append([f"`{name}`", words, "", "", ""])
+    return table(("op", *TITLES.values()), rows)[1:]
 
 
 def sentence(dates: dict[str, dict[str, str]], gpu_results: list[dict[str, Any]]) -> str:

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from workload import Device
 
 import fmkernels
 from fmkernels.api import NeCoLoss
 from fmkernels.api.roi_align import roi_align
 
 STEEPNESS = 100.0
-
-Device = torch.device | str
 
 
 class Provider(NamedTuple):

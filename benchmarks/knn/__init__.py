@@ -1,0 +1,1 @@
+"""Nearest neighbours and in-context segmentation: workloads, providers, limits, report."""
