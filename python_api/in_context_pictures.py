@@ -15,6 +15,8 @@ from .arrays import optional
 
 BACKGROUND, IGNORED = (0.93, 0.93, 0.93), (1.0, 1.0, 1.0)
 MARK = "#e4572e"
+CONTEXT = 2
+"""Patches that are shown on each side of a retrieved one."""
 PANELS = ("image", "truth", "prediction")
 
 
@@ -62,7 +64,7 @@ def neighbors(
     dataset: Any,
     shown: int,
 ) -> None:
-    """Every patch in its image, then as it is, then its nearest ones, with their cosines.
+    """Every patch in its image, then near by, then its nearest ones, with their cosines.
 
     ``scores`` and ``indices`` are (rows, columns, k), ``origins`` (M, 2).
     """
@@ -75,17 +77,25 @@ def neighbors(
     axes = figure.subplots(len(patches), shown + 2, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    high, wide = image.shape[1] // grid[0], image.shape[2] // grid[1]
+
+    def show(
+        axis: Any, picture: NDArray[Any], row: int, column: int, rows: int, columns: int
+    ) -> None:
+        """A picture of rows × columns patches, with a frame around one of them."""
+        high, wide = picture.shape[0] / rows, picture.shape[1] / columns
+        axis.imshow(picture)
+        corner = (column * wide - 0.5, row * high - 0.5)
+        axis.add_patch(marks.Rectangle(corner, wide, high, fill=False, color=MARK, linewidth=1.5))
+
+    around = (CONTEXT, CONTEXT, 2 * CONTEXT + 1, 2 * CONTEXT + 1)
     for (row, column), (whole, query, *places) in zip(patches, axes, strict=True):
-        whole.imshow(pixels(image))
-        corner = (column * wide, row * high)
-        whole.add_patch(marks.Rectangle(corner, wide, high, fill=False, color=MARK, linewidth=2))
-        query.imshow(_surroundings(image, row, column, grid))
+        show(whole, pixels(image), row, column, *grid)
+        show(query, _surroundings(image, row, column, grid), *around)
         found = zip(places, scores[row, column], indices[row, column], strict=False)
         for axis, score, index in found:
             number, patch = (int(value) for value in origins[index])
             source = dataset[number][0]
-            axis.imshow(_surroundings(source, *divmod(patch, grid[1]), grid))
+            show(axis, _surroundings(source, *divmod(patch, grid[1]), grid), *around)
             axis.set_title(f"{float(score):.2f}", fontsize=8, pad=2)
     axes[0, 1].set_title("query", fontsize=8, pad=2)
     figure.subplots_adjust(0.01, 0.02, 0.99, 0.93, 0.05, 0.2)
@@ -105,17 +115,13 @@ def pixels(image: Tensor) -> NDArray[Any]:
 
 
 def _surroundings(image: Tensor, row: int, column: int, grid: tuple[int, int]) -> NDArray[Any]:
-    """The patch, framed, with half a patch around it; white beyond the edge of the image."""
+    """The patch with CONTEXT patches around it; white beyond the edge of the image."""
     picture = pixels(image)
     high, wide = picture.shape[0] // grid[0], picture.shape[1] // grid[1]
-    margins = ((high // 2, high // 2), (wide // 2, wide // 2), (0, 0))
+    margins = ((CONTEXT * high,) * 2, (CONTEXT * wide,) * 2, (0, 0))
     padded = np.pad(picture, margins, constant_values=1.0)
-    top, left = row * high, column * wide
-    part = padded[top : top + high + 2 * (high // 2), left : left + wide + 2 * (wide // 2)].copy()
-    inner = np.zeros(part.shape[:2], dtype=bool)
-    inner[high // 2 : high // 2 + high, wide // 2 : wide // 2 + wide] = True
-    part[~inner] = 0.5 + 0.5 * part[~inner]  # the encoder's patch alone in full colour
-    return part
+    top, left, side = row * high, column * wide, 2 * CONTEXT + 1
+    return padded[top : top + side * high, left : left + side * wide]
 
 
 def _coloured(mask: Tensor, num_classes: int, ignore_index: int) -> NDArray[Any]:

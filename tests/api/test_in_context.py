@@ -1,6 +1,8 @@
 """In-context segmentation: step by step against the published evaluation, and its edges."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +241,34 @@ def test_pictures_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         segmenter.evaluate([(images, masks)], "picture.png")
+
+
+class VisionTransformer(nn.Module):
+    """What the guide takes for a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 16, 16)
+
+    def get_intermediate_layers(self, images):
+        tokens = self.embed(images).flatten(2).mT
+        return [torch.cat([tokens[:, :1], tokens], dim=1)]
+
+
+def test_the_guide_from_open_hummingbird(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "from_open_hummingbird.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    data = [(torch.rand(3, 64, 64), torch.randint(21, (64, 64))) for _ in range(6)]
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    state = {"model": VisionTransformer(), "train_loader": loader, "val_loader": loader}
+    for block in blocks:
+        exec(block, state)
+    assert len(state["segmenter"].memory) == 2 * 6 * 16
+    shown = capsys.readouterr().out
+    assert f"{state['result'].matched_miou:.4f} as published" in shown
+    assert "192 patches" in shown
 
 
 @pytest.mark.parametrize(
