@@ -204,7 +204,7 @@ class PatchIndex(Bank):
                 if self._faiss is not None:
                     self._faiss.fill(rows, progress)
                     return bank.PreparedRows(rows)
-                self._ready = bank.prepare(rows, self.metric)
+                self._ready = bank.prepare(rows)
             return self._ready
 
     def _find(self, queries: Tensor, k: int, progress: bool = False) -> Found:

@@ -110,7 +110,7 @@ Tensor norms(const Tensor& rows) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> shadow(const Tensor& rows, bool unit, bool half) {
+std::tuple<Tensor, Tensor, Tensor> shadow(const Tensor& rows, bool half) {
   return for_type(rows, [&](auto zero) {
     using T = decltype(zero);
     const int64_t count = rows.size(0), dim = rows.size(1);
@@ -118,58 +118,57 @@ std::tuple<Tensor, Tensor, Tensor> shadow(const Tensor& rows, bool unit, bool ha
     Tensor norms = empty<double>({count}), residuals = empty<float>({count});
     torch::stable::parallel_for(0, count, rows_per_task, [&](int64_t first, int64_t last) {
       knn_kernels<T>().shadow(
-          data_of<const T>(rows), unit, half, first, last, dim, cast.data_ptr(),
+          data_of<const T>(rows), half, first, last, dim, cast.data_ptr(),
           data_of<double>(norms), data_of<float>(residuals));
     });
     return std::tuple{cast, norms, residuals};
   });
 }
 
-// sigma, slack and half of every row; see fmkernels/ops/knn/reference.py.
+// What turns the products with a tile into intervals; see fmkernels/ops/knn/reference.py.
 struct TileBounds {
-  std::vector<float> sigma, slack, half, bucket_slack;
+  std::vector<float> sigma, slack, half;
+  std::vector<KnnBucket> buckets;
   double scale = 1;
 
   // the norms between which no float32 that depends on them leaves its range
   static constexpr double smallest = 0x1p-100, largest = 0x1p120;
-  static constexpr double finite = std::numeric_limits<double>::max();
 
   TileBounds(
-      Metric metric, bool unit, const double* norms, const float* residuals, int64_t rows,
-      double dim, double query_residual, double factor_rounding, bool rescored)
-      : sigma(rows), slack(rows), half(rows) {
+      Metric metric, const double* norms, const float* residuals, int64_t rows, double dim,
+      double query_residual, double factor_rounding, bool rescored)
+      : sigma(rows, 0), slack(rows, std::numeric_limits<float>::infinity()), half(rows, 0) {
+    const bool unit = residuals != nullptr;
     if (metric == Metric::l2) {
       scale = smallest;
       for (int64_t j = 0; j < rows; ++j) {
         if (norms[j] <= largest) scale = std::max(scale, norms[j]);
       }
     }
-    // the five points of the derivation, by what they multiply
+    // the points of the derivation, by what they multiply
     const double grown = 1 + query_residual, summed = dim * 0x1p-22, flushed = dim * 0x1p-125;
     const double of_lost = grown * (1 + summed + 3 * factor_rounding);
-    const double of_norm = query_residual + grown * (summed + 3 * factor_rounding) + flushed + 0x1p-21;
-    const bool inverse = metric == Metric::cosine && !unit;
+    const double of_norm =
+        query_residual + grown * (summed + 3 * factor_rounding) + flushed + 0x1p-20;
+    const double highest =
+        metric == Metric::cosine && unit ? std::numeric_limits<double>::max() : largest;
     for (int64_t j = 0; j < rows; ++j) {
-      const double norm = unit ? std::min(norms[j], 1.0) : norms[j];
-      const double lost = residuals == nullptr ? 0 : residuals[j];
-      sigma[j] = 1;
-      if (!(norms[j] <= (unit ? finite : largest) && lost <= largest) ||
-          (inverse && norm > 0 && norm < smallest)) {
-        slack[j] = std::numeric_limits<float>::infinity();
-        continue;
-      }
-      const double factor = inverse ? (norm > 0 ? 1 / norm : 0) : 1 / scale;
-      const double bound = factor * (of_norm * norm + of_lost * lost + flushed);
+      const double norm = norms[j], shadow_norm = unit ? 1 : norm, lost = unit ? residuals[j] : 0;
+      double factor = (unit ? norm : 1) / scale;
+      if (metric == Metric::cosine) factor = norm > 0 ? 1 / shadow_norm : 0;
+      const bool measured = norm <= highest && lost <= largest && factor <= 1 / smallest;
+      if (!measured) continue;
+      const double bound = factor * (of_norm * shadow_norm + of_lost * lost + flushed);
       sigma[j] = static_cast<float>(factor);
-      if (rescored) slack[j] = static_cast<float>(1.000001 * bound + 0x1p-125);
+      slack[j] = rescored ? static_cast<float>(1.000001 * bound + 0x1p-125) : 0;
       if (metric == Metric::l2) half[j] = static_cast<float>(0.5 * (norm / scale) * (norm / scale));
     }
-    if (metric == Metric::inner_product || unit) {
-      bucket_slack.resize((rows + knn_bucket - 1) / knn_bucket);
-      for (int64_t j = 0; j < rows; ++j) {
-        float& bucket = bucket_slack[j / knn_bucket];
-        bucket = std::max(bucket, slack[j]);
-      }
+    for (int64_t start = 0; start < rows; start += knn_bucket) {
+      const int64_t stop = std::min(rows, start + knn_bucket);
+      buckets.push_back(
+          {*std::max_element(&sigma[start], &sigma[0] + stop),
+           *std::max_element(&slack[start], &slack[0] + stop),
+           *std::min_element(&half[start], &half[0] + stop)});
     }
   }
 };
@@ -201,7 +200,7 @@ void select(
     const Tensor& products, std::optional<Tensor> order, const Tensor& queries,
     const Tensor& query_norms, const Tensor& query_residuals, const Tensor& rows,
     const Tensor& row_norms, std::optional<Tensor> row_residuals, int64_t first_row,
-    std::string metric, bool unit, bool rescored, double factor_rounding, std::optional<Tensor> floor,
+    std::string metric, bool rescored, double factor_rounding, std::optional<Tensor> floor,
     Tensor scores, Tensor indices, Tensor candidates, std::optional<Tensor> crowded,
     int64_t crowd) {
   const int64_t row_count = rows.size(0), dim = rows.size(1);
@@ -212,14 +211,14 @@ void select(
       "knn: products: expected one for every query and row");
   const Metric parsed = parse_metric(metric);
   const TileBounds bounds(
-      parsed, unit, data_of<const double>(row_norms), data_or_null<const float>(row_residuals),
+      parsed, data_of<const double>(row_norms), data_or_null<const float>(row_residuals),
       row_count, static_cast<double>(dim), largest_finite(query_residuals), factor_rounding, rescored);
   for_type(rows, [&](auto zero) {
     using T = decltype(zero);
     const KnnTile<T> tile{
         parsed, rescored, dim, row_count, data_of<const T>(rows), data_of<const double>(row_norms),
-        bounds.sigma.data(), bounds.slack.data(), bounds.half.data(),
-        bounds.bucket_slack.empty() ? nullptr : bounds.bucket_slack.data(), bounds.scale, first_row,
+        bounds.sigma.data(), bounds.slack.data(), bounds.half.data(), bounds.buckets.data(),
+        bounds.scale, first_row,
         products.data_ptr(), half, data_or_null<const int64_t>(order), data_of<const T>(queries),
         data_of<const double>(query_norms), scores.size(1), data_of<double>(scores),
         data_of<int64_t>(indices), data_or_null<const double>(floor),

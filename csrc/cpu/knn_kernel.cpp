@@ -90,27 +90,38 @@ float kth_lower_end(
   return kth_largest(lower, groups, k);
 }
 
-// The bits of a positive bfloat16 are ordered like its value: a product below the one that this
-// returns has an upper end below the threshold, where all of `slack` is added. 0: too low to tell.
-int16_t least_bits(float threshold, float slack) {
-  const float least = (threshold - slack) * (1 - 0x1.02p-8f);
-  if (!(least > 0)) return 0;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &least, sizeof bits);
-  return static_cast<int16_t>(bits >> 16);
+// The least product that may reach the threshold anywhere in a bucket; 0 if that is no positive one.
+template <bool squared>
+float least_product(float threshold, KnnBucket bucket, QueryBounds query) {
+  float excess = threshold - query.alpha * bucket.slack;
+  if (squared) excess += (1 - 0x1p-20f) * (query.gamma * bucket.half) - 0x1p-119f;
+  const float largest = query.alpha * bucket.sigma * (1 + query.rounding);
+  const float least = excess / largest * (1 - 0x1p-20f);
+  return least > 0x1p-100f && least < 0x1p100f ? least : 0;
 }
 
-// Whether the bits of any of the products are at least these.
-bool any_at_least(const BFloat16* products, int64_t count, int16_t least) {
+// Whether any of the products is at least this, which is positive.
+bool any_at_least(const BFloat16* products, int64_t count, float least) {
+  // the bits of positive ones are ordered like their values, and those of negative ones are negative
+  uint32_t wide;
+  __builtin_memcpy(&wide, &least, sizeof wide);
+  const int16_t least_bits = static_cast<int16_t>(wide >> 16);
   const int16_t* bits = reinterpret_cast<const int16_t*>(products);
   int16_t largest = INT16_MIN;
 #pragma omp simd reduction(max : largest)
   for (int64_t lane = 0; lane < count; ++lane) {
     largest = bits[lane] > largest ? bits[lane] : largest;
   }
+  return largest >= least_bits;
+}
+bool any_at_least(const float* products, int64_t count, float least) {
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t lane = 0; lane < count; ++lane) {
+    largest = products[lane] > largest ? products[lane] : largest;
+  }
   return largest >= least;
 }
-bool any_at_least(const float*, int64_t, int16_t) { return true; }
 
 // A query's look at the products: collects the rows whose upper end reaches the threshold, and those
 // that have none.
@@ -142,8 +153,8 @@ struct Look {
   }
 
   // at the largest of a bucket, then of a few
-  void at_bucket(int64_t start, int64_t width, const float* slack) {
-    const int16_t least = sizeof(P) == 2 && slack != nullptr ? least_bits(threshold, *slack) : 0;
+  void at_bucket(int64_t start, int64_t width, KnnBucket bucket) {
+    const float least = least_product<squared>(threshold, bucket, query);
     if (least > 0 && !any_at_least(products + start, width, least)) return;
     for (int64_t done = 0; done < width; done += few) {
       const int64_t part = width - done < few ? width - done : few;
@@ -155,12 +166,12 @@ struct Look {
 
 template <bool squared, class P>
 int64_t reach(
-    const P* products, RowBounds rows, QueryBounds query, const float* bucket_slack,
+    const P* products, RowBounds rows, QueryBounds query, const KnnBucket* buckets,
     float threshold, int64_t count, Reached* reached) {
   Look<squared, P> look{products, rows, query, threshold, reached, 0};
-  for (int64_t start = 0, bucket = 0; start < count; start += knn_bucket, ++bucket) {
+  for (int64_t start = 0; start < count; start += knn_bucket) {
     const int64_t width = count - start < knn_bucket ? count - start : knn_bucket;
-    look.at_bucket(start, width, bucket_slack == nullptr ? nullptr : bucket_slack + bucket);
+    look.at_bucket(start, width, *buckets++);
   }
   return look.found;
 }
@@ -209,7 +220,7 @@ void select_query(const KnnTile<T>& tile, const P* products, int64_t q, const Sc
       if (here > threshold) threshold = here;
     }
     found = reach<squared>(
-        products, rows, query, tile.bucket_slack, threshold, count, scratch.reached);
+        products, rows, query, tile.buckets, threshold, count, scratch.reached);
     if (tile.crowded != nullptr && found > tile.crowd) {
       tile.crowded[q] = true;
       return;
@@ -267,25 +278,24 @@ void norms(const T* rows, int64_t first, int64_t last, int64_t dim, double* norm
 
 template <class T, class P>
 void cast_rows(
-    const T* rows, bool unit, int64_t first, int64_t last, int64_t dim, P* shadow, double* norms,
+    const T* rows, int64_t first, int64_t last, int64_t dim, P* shadow, double* norms,
     float* residuals) {
   for (int64_t j = first; j < last; ++j) {
     const T* row = rows + j * dim;
     norms[j] = norm(row, dim);
-    const double factor = unit && norms[j] > 0 ? 1 / norms[j] : 1;
-    const double lost = cast_shadow(row, factor, dim, shadow + j * dim);
+    const double lost = cast_unit(row, norms[j], dim, shadow + j * dim);
     residuals[j] = __builtin_nextafterf(static_cast<float>(lost * (1 + 1e-6) + 1e-15), INFINITY);
   }
 }
 
 template <class T>
 void shadow(
-    const T* rows, bool unit, bool half, int64_t first, int64_t last, int64_t dim, void* shadow,
+    const T* rows, bool half, int64_t first, int64_t last, int64_t dim, void* shadow,
     double* norms, float* residuals) {
   if (half) {
-    cast_rows(rows, unit, first, last, dim, static_cast<BFloat16*>(shadow), norms, residuals);
+    cast_rows(rows, first, last, dim, static_cast<BFloat16*>(shadow), norms, residuals);
   } else {
-    cast_rows(rows, unit, first, last, dim, static_cast<float*>(shadow), norms, residuals);
+    cast_rows(rows, first, last, dim, static_cast<float*>(shadow), norms, residuals);
   }
 }
 

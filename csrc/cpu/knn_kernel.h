@@ -8,6 +8,9 @@ namespace fmkernels {
 
 // Rows that are compared with a threshold together.
 constexpr int64_t knn_bucket = 512;
+struct KnnBucket {
+  float sigma, slack, half;  // the largest, the largest, the smallest
+};
 
 enum class Metric : int { cosine, inner_product, l2 };
 
@@ -20,7 +23,7 @@ struct KnnTile {
   const T* rows;           // (row_count, dim)
   const double* row_norms; // (row_count)
   const float *sigma, *slack, *half;  // (row_count), see fmkernels/knn.h
-  const float* bucket_slack;  // (buckets) the largest; null unless every sigma is 1
+  const KnnBucket* buckets;
   double scale;            // S: the largest norm of the tile, for l2
   int64_t first_row;       // its number in the bank
 
@@ -52,9 +55,9 @@ float kth_largest(float* values, int64_t n, int64_t k);
 template <class T>
 struct KnnKernels {
   void (*norms)(const T* rows, int64_t first, int64_t last, int64_t dim, double* norms);
-  // rows in low precision, bfloat16 if `half`, scaled to norm 1 if `unit`
+  // rows of norm 1 in low precision, bfloat16 if `half`
   void (*shadow)(
-      const T* rows, bool unit, bool half, int64_t first, int64_t last, int64_t dim, void* shadow,
+      const T* rows, bool half, int64_t first, int64_t last, int64_t dim, void* shadow,
       double* norms, float* residuals);
   int64_t (*scratch_bytes)(int64_t row_count, int64_t k);
   // rows [first, last) of the products

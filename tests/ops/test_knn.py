@@ -1,6 +1,7 @@
 """Exact nearest neighbours: against float64 and faiss, on hard banks, in every plan; refusals."""
 
 import faiss
+import neighbors
 import numpy as np
 import pytest
 import torch
@@ -165,6 +166,31 @@ def test_products_err_less_than_the_bound(dtype, dim, precision):
         assert ((exact - products).abs() <= bound).all()
 
 
+@needs_kernel
+@pytest.mark.parametrize("name", ["losing_what_the_query_sees", "losing_what_tells_rows_apart"])
+@every_metric
+def test_rounding_that_turns_the_order_round(use, metric, name):
+    """Problems that come near the bound: with less of it, these fail."""
+    use(PLANS["bfloat16"]._replace(crowd=10**9, rows=1))
+    queries, rows = (torch.from_numpy(x).float() for x in getattr(neighbors, name)())
+    products = torch.mm(queries.bfloat16(), rows.bfloat16().mT)
+    assert products.argmax() == 1  # that product would choose the other
+    for order in ([0, 1], [1, 0]):
+        bank = rows[order]
+        check_exact(queries, bank, 1, metric, *fmkernels.knn(queries, bank, 1, metric=metric))
+        assert order[fmkernels.knn(queries, bank, 1, metric=metric)[1].item()] == 0
+
+
+@needs_kernel
+@every_metric
+def test_rounding_of_the_scores(use, metric):
+    use(PLANS["bfloat16"]._replace(crowd=10**9))
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        q, b = (torch.from_numpy(x).bfloat16() for x in neighbors.rounded_scores(rng))
+        check_exact(q, b, 5, metric, *fmkernels.knn(q, b, 5, metric=metric))
+
+
 @every_metric
 def test_leading_dimensions_strides_and_mixed_dtypes(metric):
     q, b = torch.randn(6, 16), torch.randn(50, 16)
@@ -277,7 +303,7 @@ def test_a_prepared_bank_gives_the_same(use, plan, metric, dtype):
     use(plan)
     q, b = torch.randn(8, 16).to(dtype), torch.randn(400, 16).to(dtype)
     expected = search(q, b, 6, metric, "exact")
-    rows, *prepared = prepare(b, metric)
+    rows, *prepared = prepare(b)
     found = search(q, rows, 6, metric, "exact", None, *prepared)
     assert all(torch.equal(a, x) for a, x in zip(found[:2], expected[:2], strict=True))
 

@@ -165,3 +165,48 @@ def problem(kind, seed, queries, rows, dim, dtype=torch.float32):
     b = np.resize(b, (rows, dim)) if len(b) else np.zeros((rows, dim))
     with np.errstate(all="ignore"):
         return torch.from_numpy(q).to(dtype), torch.from_numpy(b).to(dtype)
+
+
+BF16_STEP = 2.0**-7
+"""Of bfloat16, relative to the power of two below."""
+
+
+def losing_what_the_query_sees(dim=64):
+    """Rows of norm 1 whose rounding to bfloat16 turns their order round, as far as it can.
+
+    The nearest row loses 0.495 steps in every one of ``dim`` entries, all of which the query adds
+    up; another gains as much. The rest of a row makes its score nearly 0, where rounding of the
+    score itself helps nobody, and its norm 1, where the query does not look.
+    """
+    entry = 2.0**-5
+    nearest = np.full(dim, entry * (1 + 0.495 * BF16_STEP))
+    other = np.full(dim, entry * (1 + 0.501 * BF16_STEP))
+    other[: dim // 32] = entry * (1 - 0.3 * BF16_STEP)
+    query = np.concatenate([np.full(2 * dim, 1 / np.sqrt(2 * dim)), [0.0]])
+    rows = []
+    for seen in (nearest, other):
+        row = np.concatenate([seen, np.full(dim, -entry)])
+        rows.append(np.concatenate([row, [np.sqrt(1 - (row**2).sum())]]))
+    return query[None], np.array(rows)
+
+
+def losing_what_tells_rows_apart(dim=128):
+    """A query whose rounding loses what the nearest row is made of, and rows that lose nothing."""
+    sign = np.where(np.arange(dim) % 2, 1.0, -1.0)
+    query = (1 + 0.49 * BF16_STEP * sign) / 16
+    rest = 1 - (query**2).sum()
+    query = np.concatenate([query, [0.25, np.sqrt(rest - 0.25**2)]])
+    lost = 0.49 * BF16_STEP * dim / 256
+    ahead = np.float32(0.9 * 2 * lost / 0.25)
+    ahead = float(np.frombuffer(np.uint32(np.array(ahead).view(np.uint32) & 0xFFFF0000), "f4")[0])
+    nearest = np.concatenate([sign / 16, [0.0, 0.0]])
+    other = np.concatenate([-sign / 16, [ahead, 0.0]])
+    return query[None], np.array([nearest, other])
+
+
+def rounded_scores(rng, rows=300, dim=64):
+    """Factors that bfloat16 has, and scores that differ by less than it has at their size."""
+    query = np.full(dim, 1 / 8)
+    bank = np.full((rows, dim), 1 / 8)
+    bank *= 1 - BF16_STEP / 2 * rng.integers(0, 2, bank.shape)
+    return query[None], bank

@@ -105,11 +105,12 @@ FMKERNELS_INLINE void narrow(float value, BFloat16& narrowed) {
 }
 FMKERNELS_INLINE void narrow(float value, float& narrowed) { narrowed = value; }
 
-// Writes factor · row in low precision; returns the norm of what that lacks.
+// Writes a row, scaled to norm 1, in low precision; returns the norm of what that lacks.
 template <class T, class P>
-FMKERNELS_INLINE double cast_shadow(const T* row, double factor, int64_t n, P* shadow) {
+FMKERNELS_INLINE double cast_unit(const T* row, double norm, int64_t n, P* shadow) {
+  const double scale = towards_one(norm), factor = norm > 0 ? 1 / (norm * scale) : 1;
   return __builtin_sqrt(sum_in_lanes(n, [=](int64_t d) {
-    const double value = double(row[d]) * factor;
+    const double value = double(row[d]) * scale * factor;
     narrow(static_cast<float>(value), shadow[d]);
     const double lost = value - double(widen(shadow[d]));
     return lost * lost;

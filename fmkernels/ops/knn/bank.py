@@ -20,17 +20,17 @@ class PreparedRows(NamedTuple):
     rows: Tensor
     """(M, D)"""
     shadow: Tensor | None = None
-    """(M, D), the rows in the dtype of the low-precision product."""
+    """(M, D), the rows in the dtype of the low-precision product, scaled to norm 1."""
     norms: Tensor | None = None
     """(M,), float64"""
     residuals: Tensor | None = None
-    """(M,), float32: the norm of what the shadow lacks, at least."""
+    """(M,), float32: the norm of what the shadow lacks; None if it is the rows as they are."""
 
 
-def prepare(rows: Tensor, metric: str = "cosine") -> PreparedRows:
-    """Make rows ready for this machine's searches: with a copy in low precision where that helps."""
+def prepare(rows: Tensor) -> PreparedRows:
+    """Make rows ready for this machine's searches: a copy in low precision where that helps."""
     from fmkernels.ops.knn import cpp, search
 
     if rows.device.type != "cpu" or search.why_not("cpp") is not None or not has_fast_bfloat16():
         return PreparedRows(rows)
-    return PreparedRows(rows, *cpp.shadow_of(rows, metric, torch.bfloat16))
+    return PreparedRows(rows, *cpp.shadow_of(rows, torch.bfloat16))

@@ -22,14 +22,15 @@ from fmkernels.ops.knn.config import CpuPlan, cpu_plan
 
 _norms = native_function("knn_norms", "(Tensor rows) -> Tensor")
 _shadow = native_function(
-    "knn_shadow", "(Tensor rows, bool unit, bool half) -> (Tensor, Tensor, Tensor)"
+    "knn_shadow", "(Tensor rows, bool half) -> (Tensor, Tensor, Tensor)"
 )
 _select = native_function(
     "knn_select",
     "(Tensor products, Tensor? order, Tensor queries, Tensor query_norms, Tensor query_residuals,"
     " Tensor rows, Tensor row_norms, Tensor? row_residuals, int first_row, str metric,"
-    " bool unit, bool rescored, float factor_rounding, Tensor? floor,"
-    " Tensor(a!) scores, Tensor(b!) indices, Tensor(c!) candidates, Tensor(d!)? crowded, int crowd) -> ()",
+    " bool rescored, float factor_rounding, Tensor? floor,"
+    " Tensor(a!) scores, Tensor(b!) indices, Tensor(c!) candidates, Tensor(d!)? crowded,"
+    " int crowd) -> ()",
 )
 
 ROUNDED_FACTOR = 2.0**-8
@@ -37,14 +38,14 @@ ROUNDED_FACTOR = 2.0**-8
 
 
 class Shadow(NamedTuple):
-    """Rows in a product's dtype."""
+    """Rows in a product's dtype: scaled to norm 1, or, where they have the dtype, as they are."""
 
     rows: Tensor
     """(M, D)"""
     norms: Tensor
     """(M,), float64, of the rows that it is a shadow of."""
     residuals: Tensor | None
-    """(M,), float32: the norm of what it lacks, at least; None where it lacks nothing."""
+    """(M,), float32: what the rows of norm 1 lack, as a norm; None for rows as they are."""
 
     def tile(self, tile: slice) -> Shadow:
         """Of some of the rows."""
@@ -52,12 +53,12 @@ class Shadow(NamedTuple):
         return Shadow(self.rows[tile], self.norms[tile], residuals)
 
 
-def shadow_of(rows: Tensor, metric: str, dtype: torch.dtype) -> Shadow:
-    """Cast rows to a product's dtype, for the cosine at norm 1 unless they stay as they are."""
+def shadow_of(rows: Tensor, dtype: torch.dtype) -> Shadow:
+    """Rows for a product in a dtype."""
     wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32).contiguous()
-    if rows.dtype == dtype and (metric != "cosine" or dtype == torch.float32):
+    if rows.dtype == dtype:
         return Shadow(rows.contiguous(), _norms(wide), None)
-    return Shadow(*_shadow(wide, metric == "cosine", dtype == torch.bfloat16))
+    return Shadow(*_shadow(wide, dtype == torch.bfloat16))
 
 
 class _Queries:
@@ -65,7 +66,7 @@ class _Queries:
 
     def __init__(self, rows: Tensor, dtype: torch.dtype) -> None:
         self.rows = rows
-        self.units, self.norms, self.residuals = _shadow(rows, True, dtype == torch.bfloat16)
+        self.units, self.norms, self.residuals = _shadow(rows, dtype == torch.bfloat16)
 
 
 def knn(
@@ -133,7 +134,7 @@ class _Search:
     def tile(self, rows: Tensor, first: int, shadow: Shadow | None) -> None:
         """Look at one more tile of the bank."""
         if shadow is None:
-            shadow = shadow_of(rows, self.metric, self.plan.dtype)
+            shadow = shadow_of(rows, self.plan.dtype)
         rows = rows.to(self.dtype).contiguous()
         total = len(self.queries.rows)
         crowded = torch.zeros(total, dtype=torch.bool) if self._may_fall_back() else None
@@ -152,7 +153,7 @@ class _Search:
     def _again(self, order: Tensor, rows: Tensor, first: int) -> None:
         """The queries with too many candidates, by a product in float32."""
         self.paths[order] = reference.FELL_BACK
-        shadow = shadow_of(rows, self.metric, torch.float32)
+        shadow = shadow_of(rows, torch.float32)
         for part in order.split(self.plan.chunk // 2 or 1):
             queries = _Queries(self.queries.rows[part], torch.float32)
             products = torch.mm(queries.units, shadow.rows.mT)
@@ -169,7 +170,6 @@ class _Search:
         crowded: Tensor | None,
     ) -> None:
         rounded = products.dtype == torch.float32 and product_dtype(products) != products.dtype
-        unit = self.metric == "cosine" and shadow.residuals is not None
         _select(
             products,
             order,
@@ -181,7 +181,6 @@ class _Search:
             shadow.residuals,
             first,
             self.metric,
-            unit,
             self.rescored,
             ROUNDED_FACTOR if rounded else 0.0,
             self.floor,

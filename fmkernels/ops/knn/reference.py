@@ -10,8 +10,7 @@ and the answer is the k largest, larger first, equal ones by the lower index, a 
 computes all of them, tile by tile. The kernels compute only a few, for which they need a bound.
 
 **The bound.** Let a = ‖q‖, u = q/a, and û, b̂ what u and b become in the low precision (bfloat16 or
-float32). A matrix product returns s ≈ û·b̂. With σ = 1/‖b‖ (cosine) or 1, the distance between
-v = σ u·b, which orders like the score, and σ s is at most σ times the sum of
+float32). A matrix product returns s ≈ û·b̂. The distance between u·b and s is at most the sum of
 
 1. ``‖u − û‖ ‖b‖ + ‖û‖ ‖b − b̂‖``: rounding of the factors, by Cauchy-Schwarz from the very rows'
    residual norms, which are measured, in float64, and not from the worst case. What a conversion
@@ -22,9 +21,11 @@ v = σ u·b, which orders like the score, and σ s is at most σ times the sum o
 3. ``2⁻⁸ |s|``: a bfloat16 product returns bfloat16. Nothing for one that returns float32.
 4. ``D 2⁻¹²⁵ (1 + ‖b‖)``: factors and products below the normal numbers may be flushed to zero. A
    product that vanishes is below 2⁻¹²⁶, a factor that vanishes takes 2⁻¹²⁶ times the other.
-5. ``2⁻²¹ ‖b‖``: the comparison itself is done in float32, in five roundings or less.
+5. ``2⁻²⁰ ‖b‖``: the comparison itself is done in float32, in ten roundings or less.
 
-A shadow of bfloat16 rows for the cosine is made of b/‖b‖ instead of b, so that σ = 1.
+What orders like the score is v = σ u·b, with σ = 1/‖b‖ for the cosine and else 1, so v is within
+e = σ times that sum of σ s. Rows that have to be cast are scaled to norm 1 first: then b stands for
+b/‖b‖ in the sum, and σ for σ ‖b‖.
 
 For ``l2``, with half squared norms h = ‖b‖²/2, the row that is nearest maximises a u·b − h, since
 −‖q − b‖²/2 = a u·b − h − a²/2. Both parts are divided by S max(a, S), S the largest ‖b‖ of the
