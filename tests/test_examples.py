@@ -39,3 +39,9 @@ def test_diffsort_dropin():
 def test_learn_to_sort():
     pytest.importorskip("sklearn")
     assert load("learn_to_sort").main(steps=100) > 0.8
+
+
+def test_in_context_segmentation():
+    pytest.importorskip("sklearn")
+    report = load("in_context_segmentation").main(seeds=1, steps=3, neco_steps=2)
+    assert 0 < report.after[0] < 1
