@@ -21,6 +21,11 @@ BUDGETS = {
     "soft_sort_fwd_kernel": Budget(112, 4096),
     "soft_sort_bwd_kernel": Budget(128, 4096),
     "soft_sort_cross_entropy_kernel": Budget(128, 4096),
+    "knn_prepare_kernel": Budget(64, 4096),
+    "knn_candidates_kernel": Budget(255, 200_704),
+    "knn_listing_kernel": Budget(64, 1024),
+    "knn_score_kernel": Budget(96, 2048),
+    "knn_merge_kernel": Budget(128, 1024),
     "soft_sort_fwd_cuda": Budget(128, 1024),
     "soft_sort_bwd_cuda": Budget(128, 1024),
     "soft_sort_cross_entropy_cuda": Budget(128, 1024),
@@ -85,10 +90,13 @@ def violations(kernel, architecture, used):
     ]
 
 
-def matrix_violations(kernel, architecture, ptx):
-    """Matrix instructions that the kernel's PTX has and should not have, or the reverse."""
+def matrix_violations(kernel, architecture, ptx, wanted=None):
+    """Matrix instructions that the kernel's PTX has and should not have, or the reverse.
+
+    wanted: if it depends on the launch, and not on the kernel alone.
+    """
     found = {*re.findall(r"\b(wgmma|tcgen05\.mma|mma)\.", ptx)}
-    wanted = {*BUDGETS[kernel].matrix_instructions}
+    wanted = {*BUDGETS[kernel].matrix_instructions} if wanted is None else {*wanted}
     if found == wanted:
         return []
     words = (", ".join(sorted(names)) or "none" for names in (found, wanted))

@@ -1,17 +1,17 @@
 """knn on NVIDIA GPUs: in which order the kernels of ``triton.py`` run.
 
-For a block of queries, the head is scored in float64 (``gpu_config.py`` says which rows that is). Then,
-for every segment of the other rows: each query's threshold, from its k-th best score; the product,
-which lists the rows that may reach it (``gpu_bound.py``); their scores in float64; the k best of all.
-A query with more candidates than its buffer holds is searched again with a float32 product, and one
-that still has (there are many equal rows, say) by scoring all rows: no answer rests on a part of the
-candidates.
+For a block of queries, the head is scored in float64 (``gpu_config.py`` says which rows that is).
+Then, for every segment of the other rows: each query's threshold, from its k-th best score; the
+product, which lists the rows that may reach it (``gpu_bound.py``); their scores in float64; the k
+best of all. A query with more candidates than its buffer holds is searched again with a float32
+product, and one that still has (there are many equal rows, say) by scoring all rows: no answer
+rests on a part of the candidates.
 
-**Memory** beside the result, for a block of queries: the candidates, 24 bytes each, 512 or 8k to 16k
-for each query, 2²⁹ bytes at most; twice the k best, 16 bytes each; the queries in low precision. For a
-segment of rows: its copy, 2²⁸ bytes at most, and about 100 bytes a row for what is known of them. None
-of it grows with M. The host waits for the device once for a block of queries, to learn whether a
-buffer was too small.
+**Memory** beside the result, for a block of queries: the candidates, 24 bytes each, for every query
+8k to 16k of them but at least 512, 2²⁹ bytes at most; the k best three times, 16 bytes each; the
+queries in low precision. For a segment of rows: its copy, 2²⁸ bytes at most, and about 100 bytes a
+row for what is known of them. None of it grows with M. The host waits for the device once for each
+block of queries, to learn whether a buffer was too small.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ from fmkernels.ops.knn.gpu_config import (
     search_plan,
     segments,
 )
-from fmkernels.ops.knn.reference import BFLOAT16, FELL_BACK, REFERENCE, empty_result
+from fmkernels.ops.knn.reference import BFLOAT16, FELL_BACK, REFERENCE, empty_result, unit
+
+PREPARED_AT_A_TIME = 2**16
+"""Rows whose float64 copy is in memory."""
 
 
 class Prepared(NamedTuple):
@@ -44,7 +47,7 @@ class Prepared(NamedTuple):
 
     shadow: Tensor
     norms: Tensor
-    residuals: Tensor
+    residuals: Tensor | None
 
 
 def knn(
@@ -60,8 +63,8 @@ def knn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Search; see ``fmkernels.ops.knn`` for the arguments and what is returned.
 
-    With ``precision="fast"`` the product's error counts as nothing when candidates are chosen. Their
-    scores are those of float64 all the same.
+    With ``precision="fast"`` the product's error counts as nothing when candidates are chosen.
+    Their scores are those of float64 all the same.
     """
     scores, indices = empty_result(queries, k)
     candidates = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
@@ -95,10 +98,29 @@ def usable(
     shadow: Tensor | None, norms: Tensor | None, residuals: Tensor | None
 ) -> Prepared | None:
     """What was made ready, if the product can take it."""
-    if shadow is None or norms is None or residuals is None:
+    if shadow is None or norms is None:
         return None
     half = shadow.dtype in (torch.float16, torch.bfloat16)
     return Prepared(shadow, norms, residuals) if half and triton.fits(shadow) else None
+
+
+def shadow_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Shadow, norms and residuals of a bank, for ``bank.prepare``: made once for all searches."""
+    low, count = low_dtype(rows.dtype), len(rows)
+    norms = torch.empty(count, dtype=torch.float64, device=rows.device)
+    as_they_are = rows.dtype == low
+    shadow = rows if as_they_are else torch.empty(rows.shape, dtype=low, device=rows.device)
+    residuals = torch.zeros(count, dtype=torch.float32, device=rows.device)
+    for start in range(0, count, PREPARED_AT_A_TIME):
+        part = slice(start, start + PREPARED_AT_A_TIME)
+        wide = rows[part].double()
+        norms[part] = wide.norm(dim=1)
+        if not as_they_are:
+            units = unit(wide)
+            shadow[part] = units
+            lost = (units - shadow[part].double()).norm(dim=1)
+            residuals[part] = lost * (1 + 2.0**-20)  # rounded up
+    return shadow, norms, None if as_they_are else residuals
 
 
 class Search:
@@ -184,7 +206,7 @@ class Search:
         """Score what is listed, and keep the k best."""
         new = torch.empty(listed.shape, dtype=torch.float64, device=listed.device)
         missing = len(self.bank) + self.rows.shape[1] + 1
-        programs = score_programs(*listed.shape, self.multiprocessors)
+        programs = score_programs(len(listed), listed.shape[1], self.multiprocessors)
         triton.score(
             self.queries, self.bank, listed, self.length, new, missing, self.metric, programs
         )
@@ -214,8 +236,11 @@ def operand(bank: Tensor, segment: Segment, low: torch.dtype, prepared: Prepared
     if prepared is not None:
         rows = rows_of(segment, bank.device)
         norms = prepared.norms[rows]
-        residuals = prepared.residuals[rows].double()
-        return Operand(prepared.shadow, segment, norms, residuals, torch.zeros_like(norms))
+        if prepared.residuals is None:
+            lost = torch.zeros_like(norms)
+            return Operand(prepared.shadow, segment, norms, lost, lost)
+        residuals, ones = prepared.residuals[rows].double(), (norms != 0).double()
+        return Operand(prepared.shadow, segment, ones, residuals, norms.log2())
     if bank.dtype == low and triton.fits(bank):
         _, squares, lost, exponent = triton.prepare(bank, segment, None)
         norms = squares.sqrt() * torch.exp2(exponent.double())
@@ -226,5 +251,6 @@ def operand(bank: Tensor, segment: Segment, low: torch.dtype, prepared: Prepared
 def scaled(rows: Tensor, segment: Segment, low: torch.dtype) -> Operand:
     """A copy in low precision, scaled by powers of two."""
     copy, squares, lost, exponent = triton.prepare(rows, segment, low)
+    assert copy is not None
     contiguous = Segment(0, 1, 1, 0, segment.count)
     return Operand(copy, contiguous, squares.sqrt(), lost.sqrt(), exponent.double())

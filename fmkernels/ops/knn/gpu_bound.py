@@ -1,8 +1,8 @@
 """The bound of ``reference.py`` in the units in which the GPU kernels compare.
 
-Query and row are scaled by powers of two, which is exact: q = 2^e u, b = 2^e' w, norms in [1, 2), and
-û, ŵ are what u and w become in low precision. (Rows that are float16 or bfloat16 are taken as they
-are, without a copy: e' = 0, w = ŵ = b.) What is compared is
+Query and row are scaled by powers of two, which is exact: q = 2^e u, b = 2^e' w, norms in [1, 2),
+and û, ŵ are what u and w become in low precision. (Rows that are float16 or bfloat16 are taken as
+they are, without a copy: e' = 0, w = ŵ = b. Of a prepared bank, 2^e' is ‖b‖.) What is compared is
 
     cosine          v = ‖u‖ score                = g u·w            g = 1/‖w‖
     inner_product   v = 2^(−e−F) score           = g u·w            g = 2^(e'−F)
@@ -14,17 +14,17 @@ rows that are far larger. Points 1, 2 and 4 make |g û·ŵ − g u·w| at most
 
     g ((r + c α + f) ‖w‖ + α (1 + c) ‖w − ŵ‖ + f),   c = D 2⁻²²,   f = D 2⁻¹²⁴
 
-where r is the largest ‖u − û‖ of the block's queries and α = 2 + 2⁻⁶ ≥ ‖û‖. A query with ‖u − û‖ >
-2⁻⁶ (it has an infinity, say), or whose z would leave the range, takes no part in r: every row is its
-candidate.
+where r is the largest ‖u − û‖ of the block's queries and α = 2 + 2⁻⁶ ≥ ‖û‖. A query with
+‖u − û‖ > 2⁻⁶ (it has an infinity, say), or whose z would leave the range, takes no part in r: every
+row is its candidate.
 
 Point 2 holds for tensor cores. They multiply exactly, align a block of 4 to 16 products and the sum
 so far to the largest of them, and cut off at 24 bits or more (Fasi, Higham, Mikaitis, Pranesh,
 *Numerical behavior of NVIDIA tensor cores*, PeerJ Computer Science, 2021). So a block loses at most
 2⁻²³ Σ|û_d ŵ_d| for each of its terms, for the sum so far and for normalising: D + 2⌈D/4⌉ ≤ 2D times
-in all (for D = 1 there is nothing to lose), which is c. Subnormal factors are not flushed there. Point
-3 does not arise: sums stay in float32. Point 5 is counted as 2⁻²⁰ of every term, and the threshold is
-lowered by 2⁻²² and by what float64 may have lost in the k-th best score.
+in all (for D = 1 there is nothing to lose), which is c. Subnormal factors are not flushed there.
+Point 3 does not arise: sums stay in float32. Point 5 is counted as 2⁻²⁰ of every term, and the
+threshold is lowered by 2⁻²² and by what float64 may have lost in the k-th best score.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LARGEST = float(torch.finfo(torch.float32).max)
 
 
 class Operand(NamedTuple):
-    """Rows of one side of the product, x = 2^e w."""
+    """Rows of one side of the product, x = 2^e w; e need not be whole."""
 
     low: Tensor
     """(…, D or more), ŵ; the last dimension contiguous."""
@@ -103,7 +103,7 @@ class Bound:
         return torch.exp2(self.scale - self._exponent()).float()
 
     def thresholds(self, kth: Tensor) -> Tensor:
-        """(Q) scores -> v, or less; NaN for a query that cannot have a candidate."""
+        """(Q) scores -> v, or less; −inf where it is not known, NaN where no score is a number."""
         norm, exponent = self.queries.norm, self._exponent()
         regular = self._regular()
         if self.metric == "cosine":
@@ -120,7 +120,7 @@ class Bound:
             regular = regular & ((exponent - self.scale).abs() <= EXPONENTS)
         lower = v - v.abs() * 2.0**-22 - size * (self.dim + 8) * 2.0**-50 - 2.0**-124
         known = regular & (lower.abs() < LARGEST / 2)
-        return torch.where(known, lower, -LARGEST).masked_fill(hopeless, torch.nan).float()
+        return torch.where(known, lower, -torch.inf).masked_fill(hopeless, torch.nan).float()
 
     def _regular(self) -> Tensor:
         return self.queries.lost <= REGULAR

@@ -1,9 +1,9 @@
 """How knn is searched on a GPU: pure functions of sizes and device.
 
-**The order of the rows.** A row is a candidate if its score can reach the k-th best that is known, so
-the best known should be good early. The head, a few rows spread evenly over the bank, is scored in
-float64 outright; then come levels, each GROWTH times as many rows as were seen before it, again
-spread evenly:
+**The order of the rows.** A row is a candidate if its score can reach the k-th best that is known,
+so the best known should be good early. The head, a few rows spread evenly over the bank, is scored
+in float64 outright; then come levels, after each of which GROWTH times as many rows have been seen
+as before it, again spread evenly:
 
     head      rows 0, s, 2s, …                         s = GROWTH^n
     level     rows s/4, 2s/4, 3s/4, s + s/4, …         s = GROWTH^n, GROWTH^(n−1), … GROWTH
@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 MAX_K = 2048
 """For more neighbours, the reference."""
@@ -37,7 +39,10 @@ CANDIDATE_BYTES = 24
 """Of one in the buffers: row, score, bucket and word."""
 
 COPY_BYTES = 2**28
-"""For the copy of a segment of rows in low precision, at most."""
+"""For the copy of a segment of rows in low precision, at most, but for those of 100,000 numbers."""
+
+PITCH = 64
+"""What the length of the product's rows is a multiple of: a copy is filled up with zeros."""
 
 MAX_QUERIES = 16_384
 """Of a block."""
@@ -48,8 +53,14 @@ MAX_ROWS = 2**22
 ALL_ROWS = 4096
 """Scored at a time where all rows are."""
 
+PREPARED = 4
+"""Rows that a program prepares at a time."""
+
 SCORED = 8
 """Rows that a program scores at a time."""
+
+MERGED = 32
+"""That a program compares with as many others at a time."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +109,18 @@ class Grid:
     tiles: int
 
 
+def limits(queries: Tensor, bank: Tensor, k: int, *_: Any) -> str | None:
+    """Why the kernels do not take these arguments, or None."""
+    if bank.shape[1] == 0:
+        return "rows without numbers"
+    return f"k of {k} exceeds {MAX_K}" if k > MAX_K else None
+
+
 def low_dtype(dtype: torch.dtype) -> torch.dtype:
     """What rows of this dtype are multiplied in.
 
-    Half types as they are: nothing is rounded. Others in float16, with every row scaled to a norm in
-    [1, 2): its three bits more than bfloat16's make the bound, and so the number of candidates,
+    Half types as they are: nothing is rounded. Others in float16, with every row scaled to a norm
+    in [1, 2): its three bits more than bfloat16's make the bound, and so the number of candidates,
     smaller, at the same speed.
     """
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
@@ -121,7 +139,7 @@ def search_plan(queries: int, dim: int, k: int, low: torch.dtype) -> Plan:
     """
     capacity = max(SMALLEST_CAPACITY, 1 << (8 * k - 1).bit_length())
     block = min(MAX_QUERIES, BUFFER_BYTES // (CANDIDATE_BYTES * capacity))
-    fitting = COPY_BYTES // (dim * torch.finfo(low).bits // 8)
+    fitting = COPY_BYTES // (-(-dim // PITCH) * PITCH * torch.finfo(low).bits // 8)
     return Plan(capacity, min(queries, block), min(MAX_ROWS, max(1024, fitting)))
 
 
@@ -129,8 +147,8 @@ def product(queries: int, low: torch.dtype, capability: str | None = None) -> Pr
     """The tile for so many queries. Counted and compiled, not measured.
 
     A tile of 128 queries and 256 rows does 85 operations for a byte that comes from the level-2
-    cache, one of 128 × 128 does 64 (docs/kernels/triton.md). On compute capability 10 the larger one
-    spills, before 9 with more than 32 numbers of a row at a time.
+    cache, one of 128 × 128 does 64 (docs/kernels/triton.md). The larger one spills on compute
+    capability 10, and before 9 with more than 32 numbers of a row at a time.
 
     Args:
         queries: of a block.

@@ -7,15 +7,15 @@
     merge        the k best of those and of what was best before
 
 **The product.** A program takes a tile of queries and, one after the other, tiles of consecutive
-rows. The float32 scores of a tile stay in registers: they are compared with the queries' thresholds,
-and of 32 consecutive rows (a bucket) one word of 32 bits is left, a bit for every row that reaches
-the threshold. Words are nearly all zero; the others are appended, with the bucket's number, to the
-query's buffer, in a slot that an atomic addition hands out. So no score goes to memory, and what does
-is 8 bytes for about every candidate. In which order words arrive is left to chance, but not the
-result: the rows are scored again and ordered by (score, row).
+rows. The float32 scores of a tile stay in registers: they are compared with the queries'
+thresholds, and of 32 consecutive rows (a bucket) one word of 32 bits is left, a bit for every row
+that reaches the threshold. Words are nearly all zero; the others are appended, with the bucket's
+number, to the query's buffer, in a slot that an atomic addition hands out. So no score goes to
+memory, and what does is 8 bytes for about every candidate. In which order words arrive is left to
+chance, but not the result: the rows are scored again and ordered by (score, row).
 
-Rows are numbered in the order of the search, i = 0 … of a segment, and row ``first + (i // run)·stride
-+ (i % run)·step`` of the tensor is meant (see ``gpu_config.Segment``).
+Rows are numbered in the order of the search, i = 0 … of a segment, and row ``first + (i // run) ·
+stride + (i % run) · step`` of the tensor is meant (see ``gpu_config.Segment``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fmkernels.ops.knn.gpu_config import BUCKET, SCORED, Grid, Product, Segment
+from fmkernels.ops.knn.gpu_config import (
+    BUCKET,
+    MERGED,
+    PITCH,
+    PREPARED,
+    SCORED,
+    Grid,
+    Product,
+    Segment,
+)
 
 WORD = tl.constexpr(BUCKET)
 NONE = tl.constexpr(2**63 - 1)
@@ -71,7 +80,7 @@ def range_exponent(p_row, dim, dim_stride, m_row, R: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def prepare_kernel(
+def knn_prepare_kernel(
     p_rows, p_copy, p_squares, p_lost, p_exponent, count, dim, row_stride, dim_stride, pitch,
     first, run, stride, step, COPY: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -111,7 +120,7 @@ def prepare_kernel(
 
 
 @triton.jit
-def candidates_kernel(
+def knn_candidates_kernel(
     p_queries, p_rows, p_factor, p_addend, p_half, p_weight, p_threshold, p_count, p_buckets,
     p_words, queries, rows, dim, query_pitch, row_stride, first, run, stride, step, tiles, slots,
     SQUARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -139,12 +148,13 @@ def candidates_kernel(
             b = tl.load(p_row[:, None] + (i_dim + o_dim)[None, :])
             acc = tl.dot(q, tl.trans(b), acc, input_precision="ieee")
         factor = tl.load(p_factor + i_row, mask=m_row, other=0.0)
-        addend = tl.load(p_addend + i_row, mask=m_row, other=float("-inf"))
+        addend = tl.load(p_addend + i_row, mask=m_row, other=0.0)
         upper = acc * factor[None, :] + addend[None, :]
         if SQUARED:
             half = tl.load(p_half + i_row, mask=m_row, other=0.0)
             upper -= weight[:, None] * half[None, :]
-        bits = tl.where(upper < threshold[:, None], 0, bit[None, :])
+        # a NaN is a candidate, but not that of the last row where there are no more rows
+        bits = tl.where(upper < threshold[:, None], 0, tl.where(m_row, bit, 0)[None, :])
         words = tl.sum(tl.reshape(bits, (BM, BN // WORD, WORD)), axis=2)
         some = (words != 0) & wanted[:, None]
         o_query = tl.broadcast_to(i_query[:, None], (BM, BN // WORD))
@@ -157,7 +167,7 @@ def candidates_kernel(
 
 
 @triton.jit
-def listing_kernel(
+def knn_listing_kernel(
     p_count, p_buckets, p_words, p_list, p_length, p_overflow, slots, capacity, first, run, stride,
     step, S: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +196,7 @@ def listing_kernel(
 
 
 @triton.jit
-def score_kernel(
+def knn_score_kernel(
     p_queries, p_rows, p_list, p_length, p_scores, dim, query_stride, query_dim_stride, row_stride,
     dim_stride, capacity, missing, METRIC: tl.constexpr, WIDE: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -234,14 +244,14 @@ def score_kernel(
 
 @triton.jit
 def ahead(score, row, other_score, other_row):
-    """(J,) of (I,): how many of the others are better: a larger score, or the same and a lower row."""
+    """How many of the others are better: a larger score, or the same and a lower row."""
     better = other_score[None, :] > score[:, None]
     same = other_score[None, :] == score[:, None]
     return tl.sum((better | (same & (other_row[None, :] < row[:, None]))).to(tl.int32), axis=1)
 
 
 @triton.jit
-def merge_kernel(
+def knn_merge_kernel(
     p_scores, p_rows, p_new_scores, p_new_rows, p_length, p_merged_scores, p_merged_rows, k,
     capacity, B: tl.constexpr,
 ):  # fmt: skip
@@ -285,10 +295,6 @@ def merge_kernel(
             tl.store(p_merged_rows + o_best + place, row, mask=m_place)
 
 
-PITCH = 64
-"""What the length of the product's rows is a multiple of: a copy is filled up with zeros."""
-
-
 def map_of(segment: Segment) -> tuple[int, int, int, int]:
     """A segment as the kernels take it."""
     return segment.first, segment.run, segment.stride, segment.step
@@ -304,7 +310,7 @@ def prepare(
     squares = torch.empty(count, dtype=torch.float64, device=rows.device)
     lost = torch.zeros_like(squares)
     exponent = torch.empty(count, dtype=torch.int32, device=rows.device)
-    prepare_kernel[(triton.cdiv(count, 4),)](
+    knn_prepare_kernel[(triton.cdiv(count, PREPARED),)](
         rows,
         rows if copy is None else copy,
         squares,
@@ -317,7 +323,7 @@ def prepare(
         *map_of(segment),
         COPY=copy is not None,
         WIDE=rows.dtype == torch.float64,
-        R=4,
+        R=PREPARED,
         BLOCK=256,
         num_warps=4,
         enable_fp_fusion=True,
@@ -333,7 +339,7 @@ def fits(rows: Tensor) -> bool:
 class Slots(NamedTuple):
     """What the product leaves: per query how many words, and (Q, slots) their buckets and bits."""
 
-    count: Tensor
+    counts: Tensor
     buckets: Tensor
     words: Tensor
 
@@ -365,7 +371,7 @@ def candidates(
         grid: of programs.
         squared: the metric is l2.
     """
-    candidates_kernel[(grid.programs,)](
+    knn_candidates_kernel[(grid.programs,)](
         queries,
         rows,
         *terms,
@@ -393,8 +399,8 @@ def candidates(
 def listing(
     slots: Slots, segment: Segment, listed: Tensor, length: Tensor, overflow: Tensor
 ) -> None:
-    """Write the rows (Q, capacity) that the words mean; counts become 0, and overflow 1 or stays."""
-    listing_kernel[(len(listed),)](
+    """Write the rows (Q, capacity) that the words mean; counts become 0, overflow 1 or stays."""
+    knn_listing_kernel[(len(listed),)](
         *slots,
         listed,
         length,
@@ -430,7 +436,7 @@ def score(
         metric: as in the reference.
         programs: for every query.
     """
-    score_kernel[(len(queries), programs)](
+    knn_score_kernel[(len(queries), programs)](
         queries,
         bank,
         listed,
@@ -457,14 +463,15 @@ def merge(
     merged: tuple[Tensor, Tensor],
 ) -> None:
     """Scores and rows (Q, k) of the best so far and (Q, capacity) of new ones -> those of all."""
-    merge_kernel[(len(length),)](
+    knn_merge_kernel[(len(length),)](
         *best,
         *new,
         length,
         *merged,
         best[0].shape[1],
         new[0].shape[1],
-        B=32,
+        B=MERGED,
         num_warps=4,
+        maxnreg=128,  # Triton 3.6 aims at 64 and spills one
         enable_fp_fusion=True,
     )
