@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import zlib
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -63,6 +64,12 @@ def like(example: Any, *tensors: Tensor) -> tuple[Any, ...]:
     if isinstance(example, np.ndarray):
         return tuple(tensor.cpu().numpy() for tensor in tensors)
     return tensors
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of the bytes of a tensor in their order, as eight hexadecimal digits."""
+    data: Any = tensor.detach().contiguous().view(torch.uint8).cpu().numpy()
+    return f"{zlib.crc32(data):08x}"
 
 
 def optional(module: str, what: str, package: str | None = None) -> Any:

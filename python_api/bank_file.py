@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class BankFile(Bank):
                 advance(len(tile))
         return Found(scores, indices, candidates, paths)
 
-    def _tiles(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    def _tiles(self, device: torch.device) -> Generator[tuple[int, Tensor], None, None]:
         """(first row, rows) of every tile; the rows are overwritten after the next one.
 
         They are read into memory that is used again, not mapped: mapped pages would add up.
@@ -92,7 +93,8 @@ class BankFile(Bank):
         """The rows from ``start`` on, as many as there are and the buffer holds."""
         place = self._place
         rows = buffer[: place.rows - start]
-        data = memoryview(rows.view(torch.uint8).numpy()).cast("B")
+        array: Any = rows.view(torch.uint8).numpy()
+        data = memoryview(array).cast("B")
         file.seek(place.offset + start * place.row_bytes)
         done = 0
         while done < len(data):

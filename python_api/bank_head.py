@@ -13,7 +13,7 @@ import torch
 
 from fmkernels.ops.knn.reference import METRICS
 
-from .index_file import FORMAT
+from .safe_file import format_of
 
 NUMPY_MAGIC = b"\x93NUMPY"
 NUMPY_DTYPES = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
@@ -113,7 +113,7 @@ def _in_safetensors(path: Path, file: io.BufferedReader, size: int, tensor: str 
         head: dict[str, Any] = json.loads(file.read(length))
         words = head.pop("__metadata__", {})
         entries = {name: _entry(**fields) for name, fields in head.items()}
-        metric = words["metric"] if words.get("format") == FORMAT else None
+        metric = words["metric"] if words.get("format") == format_of("PatchIndex") else None
         if metric not in (None, *METRICS):
             raise ValueError(f"metric {metric!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -32,7 +32,7 @@ def finite_rows(op: str, argument: str, value: Any) -> Tensor:
 def integers(op: str, argument: str, value: Any, hint: str = "") -> Tensor:
     """A tensor, NumPy array or list of integers, as int64; ``hint`` says what to do otherwise."""
     if isinstance(value, Tensor):
-        fits = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        fits = _is_integer(value)
     else:
         value = np.asarray(value)
         fits = np.issubdtype(value.dtype, np.integer)
@@ -53,3 +53,25 @@ def integer_labels(op: str, argument: str, value: Any, rows: int) -> Tensor:
             f"got {_checks.shape(labels)}"
         )
     return labels
+
+
+def integer_classes(op: str, argument: str, value: Any, hint: str) -> None:
+    """A tensor of integers; ``hint`` says what to do with another."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument}: expected a torch.Tensor, got {type(value).__name__}")
+    if not _is_integer(value):
+        raise TypeError(f"{op}: {argument}: expected integer classes, got {value.dtype}; {hint}")
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    dtype = tensor.dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def sides(op: str, argument: str, value: Any) -> tuple[int, int]:
+    """(height, width), of one number for both or of a pair."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{op}: {argument}: expected (H, W) or one number, got {value!r}")
+    height, width = (_checks.positive_integer(op, argument, side) for side in pair)
+    return height, width

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from fmkernels import _checks
 
+from .evaluation_inputs import sides
+
 OP = "LinearSegmentationHead"
 
 
@@ -85,7 +87,9 @@ class LinearSegmentationHead(nn.Module):
         if size is None:
             return scores
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return F.interpolate(scores, size=_size(OP, size), mode="bilinear", align_corners=False)
+        return F.interpolate(
+            scores, size=sides(OP, "size", size), mode="bilinear", align_corners=False
+        )
 
     def extra_repr(self) -> str:
         """For ``repr``."""
@@ -122,11 +126,3 @@ def token_maps(op: str, features: Any, grid: tuple[int, int] | None) -> Tensor:
             f"{op}: grid: expected h·w = {number}, the number of tokens, got {tuple(grid)}"
         )
     return maps.mT.reshape(len(maps), -1, *grid)
-
-
-def _size(op: str, size: Any) -> tuple[int, int]:
-    sides = size if isinstance(size, (tuple, list, torch.Size)) else (size, size)
-    if len(sides) != 2:
-        raise ValueError(f"{op}: size: expected (H, W) or one number, got {size!r}")
-    height, width = (_checks.positive_integer(op, "size", side) for side in sides)
-    return height, width

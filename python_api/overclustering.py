@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fmkernels import _checks
 
 from .arrays import optional
-from .evaluation_inputs import finite_rows, integers
+from .evaluation_inputs import finite_rows, integers, sides
 from .linear_segmentation import token_maps
 from .segmentation_metrics import MATCHINGS, ConfusionMatrix
 
@@ -112,11 +112,7 @@ class Overclustering:
         self.pca_dim = None
         if pca_dim is not None:
             self.pca_dim = _checks.positive_integer(OP, "pca_dim", pca_dim, ", or None")
-        self.mask_size = None
-        if mask_size is not None:
-            sides = mask_size if isinstance(mask_size, (tuple, list)) else (mask_size, mask_size)
-            height, width = (_checks.positive_integer(OP, "mask_size", side) for side in sides)
-            self.mask_size = (height, width)
+        self.mask_size = None if mask_size is None else sides(OP, "mask_size", mask_size)
         self.ignore_index = ignore_index
         self.seeds = list(seeds)
         if not self.seeds:

@@ -14,15 +14,21 @@ from fmkernels import _checks
 from fmkernels.ops.knn import bank, search
 from fmkernels.ops.knn.reference import METRICS
 
-from . import index_file
 from .arrays import Array, progress_bar, tensor_of
 from .bank import Bank, Found
 from .blocks import Blocks
 from .faiss_engine import FaissEngine
+from .safe_file import SafeFile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 QUERIES = 1024
 """Searched between two updates of a progress bar."""
+FILE = SafeFile(
+    "PatchIndex",
+    ("features",),
+    ("faiss",),
+    hint="; fmkernels.api.open_bank searches any tensor (M, D) in a file",
+)
 
 
 class IndexMemory(NamedTuple):
@@ -286,8 +292,9 @@ class PatchIndex(Bank):
         Raises:
             ImportError: safetensors is not installed.
             OSError: the file cannot be written.
+            ValueError: the folder is not there.
         """
-        index_file.write(path, *self._state())
+        FILE.write(path, *self._state())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> PatchIndex:
@@ -302,7 +309,7 @@ class PatchIndex(Bank):
             OSError: there is no such file, or it cannot be read.
             ValueError: the file is truncated, corrupt or something else; the message names it.
         """
-        return index_file.read(path, cls._of_state).to(device)
+        return FILE.read(path, cls._of_state).to(device)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and words that make this index again."""
@@ -316,6 +323,8 @@ class PatchIndex(Bank):
     @classmethod
     def _of_state(cls, tensors: dict[str, Tensor], words: dict[str, str]) -> PatchIndex:
         rows = tensors["features"]
+        _checks.floating_tensor("PatchIndex", "features", rows)
+        _checks.dimensions("PatchIndex", "features", rows, "(M, D)")
         index = cls(rows.shape[1], dtype=rows.dtype, device=rows.device, **words)
         index._blocks.replace(rows)
         if index._faiss is not None and "faiss" in tensors:
@@ -341,7 +350,8 @@ def _mask(op: str, indices: Any, rows: int) -> Tensor:
                 f"{op}: indices: expected a mask of shape ({rows},), "
                 f"got shape {_checks.shape(indices)}"
             )
-        return indices
+        mask: Tensor = indices
+        return mask
     indices = indices.flatten().long()
     wrong = indices[(indices < 0) | (indices >= rows)]
     if len(wrong):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fmkernels import _checks
 
+from .evaluation_inputs import integer_classes
+
 OP = "patch_label_counts"
 
 
@@ -127,13 +129,11 @@ def check_grid(op: str, grid: Any) -> tuple[int, int]:
 
 
 def _check_masks(masks: Any, rows: int, columns: int) -> None:
-    if not isinstance(masks, Tensor):
-        raise TypeError(f"{OP}: masks: expected a torch.Tensor, got {type(masks).__name__}")
-    if masks.is_floating_point() or masks.is_complex() or masks.dtype == torch.bool:
-        raise TypeError(
-            f"{OP}: masks: expected integer classes, got {masks.dtype}; a mask that "
-            "torchvision's ToTensor divided by 255 is restored by (masks * 255).round().long()"
-        )
+    hint = (
+        "a mask that torchvision's ToTensor divided by 255 is restored by "
+        "(masks * 255).round().long()"
+    )
+    integer_classes(OP, "masks", masks, hint)
     _checks.dimensions(OP, "masks", masks, "(B, H, W)")
     height, width = masks.shape[1:]
     if not height or not width or height % rows or width % columns:

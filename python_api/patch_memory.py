@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from fmkernels import _checks
 
-from . import patch_memory_file
 from .patch_encoder import Augmentation, Encoder, batches, counted, encode, evaluating, length
 from .patch_index import PatchIndex
 from .patch_labels import patch_label_counts
+from .safe_file import SafeFile
+
+FILE = SafeFile("PatchMemory", ("features", "labels", "origins"))
 
 
 class MemoryReport(NamedTuple):
@@ -206,8 +208,14 @@ class PatchMemory:
         return MemoryReport(len(self), *(table.nbytes for table in self._tables().values()))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file, which replaces an older one only when it is complete."""
-        patch_memory_file.save("PatchMemory.save", path, self._tables())
+        """Write a safetensors file, which replaces an older one only when it is complete.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: the file cannot be written.
+            ValueError: the folder is not there.
+        """
+        FILE.write(path, self._tables())
 
     @classmethod
     def load(
@@ -217,10 +225,10 @@ class PatchMemory:
 
         Raises:
             FileNotFoundError: there is none.
+            ImportError: safetensors is not installed.
             ValueError: it is damaged, incomplete, or something else.
         """
-        tables = patch_memory_file.load("PatchMemory.load", path)
-        memory = cls(**tables)
+        memory = FILE.read(path, lambda tables, _: cls(**tables))
         return memory if device is None else memory.to(device)
 
     def _tables(self) -> dict[str, Tensor]:

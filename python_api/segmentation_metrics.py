@@ -11,6 +11,7 @@ from torch import Tensor
 from fmkernels import _checks
 
 from .arrays import optional
+from .evaluation_inputs import integer_classes
 
 MATCHINGS = ("hungarian", "many_to_one", "many_to_one_iou")
 ABSENT = ("skip", "zero")
@@ -212,15 +213,8 @@ def _mean(iou: Tensor, absent: str) -> float:
 
 def _check_labels(prediction: Any, target: Any) -> None:
     for name, labels in (("prediction", prediction), ("target", target)):
-        if not isinstance(labels, Tensor):
-            raise TypeError(
-                f"ConfusionMatrix: {name}: expected a torch.Tensor, got {type(labels).__name__}"
-            )
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(
-                f"ConfusionMatrix: {name}: expected integer classes, got {labels.dtype}; "
-                "of scores (B, C, H, W) take scores.argmax(dim=1)"
-            )
+        hint = "of scores (B, C, H, W) take scores.argmax(dim=1)"
+        integer_classes("ConfusionMatrix", name, labels, hint)
     _checks.same_device("ConfusionMatrix", "target", target, "prediction", prediction)
     if prediction.shape != target.shape:
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +17,7 @@ from fmkernels import _checks
 from fmkernels.ops.knn import public_scores, search
 from fmkernels.ops.knn.reference import METRICS, merge
 
-from .arrays import Array, like, tensor_of
+from .arrays import Array, checksum, like, tensor_of
 from .bank import Bank, Found
 
 OP = "sharded_search"
@@ -115,9 +114,8 @@ class _Question(NamedTuple):
         bank = _bank_of(shard, metric)
         checked, k = bank._check_search(OP, queries, k)
         flat = checked.reshape(-1, bank.dim)
-        digest = zlib.crc32(flat.contiguous().view(torch.uint8).cpu().numpy())
         note = {"metric": bank.metric, "queries": list(checked.shape), "k": k}
-        note |= {"dtype of queries": str(checked.dtype), "numbers in queries": f"{digest:08x}"}
+        note |= {"dtype of queries": str(checked.dtype), "numbers in queries": checksum(flat)}
         note |= {"rows": len(bank), "wide": bank.dtype == torch.float64}
         return cls(bank, flat, k, checked.shape[:-1]), note
 
@@ -136,12 +134,13 @@ class _Processes:
             )
         if dist.get_rank(group) < 0:
             raise ValueError(f"{OP}: group: expected one that this process is a member of")
-        self.group, self.timeout = group or dist.group.WORLD, timeout
+        self.group: Any = group or dist.group.WORLD
+        self.timeout = timeout
         # NCCL alone has no way between CPUs
         on_cpu = "cpu:" in dist.get_backend_config(group)
         accelerator = None if on_cpu else torch.accelerator.current_accelerator()
         self.device = accelerator or torch.device("cpu")
-        self.options = distributed_c10d.AllgatherOptions()
+        self.options = distributed_c10d.AllgatherOptions()  # type: ignore[attr-defined]
         self.limit = datetime.timedelta(seconds=timeout)
         if on_cpu:  # Gloo gives up by itself; until then a thread of it keeps a process from ending
             self.options.timeout = self.limit

@@ -180,7 +180,7 @@ def test_memory():
     index = filled(torch.randn(50, 4))
     assert index.memory() == (50 * 4 * 4, 0, 0)
     index.search(torch.randn(1, 4), 1)
-    prepared = knn_bank.prepare(index.features, index.metric)[1:]
+    prepared = knn_bank.prepare(index.features)[1:]
     made = [part for part in prepared if part is not None]
     assert index.memory() == (50 * 4 * 4, sum(part.nbytes for part in made), 0)
     approximate = filled(torch.randn(50, 4), engine="faiss", factory="Flat")
