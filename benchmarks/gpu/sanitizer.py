@@ -17,19 +17,24 @@ from typing import Any
 import torch
 
 import fmkernels
+from fmkernels.ops.knn import METRICS, search
 from gpu import process
 from gpu.record import Record
 from gpu.target import BACKENDS, DEVICE, DRY_RUN, prepare, running
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-KERNELS = "soft_sort"
-"""What all of their names have."""
+KERNELS = ("soft_sort", "knn_")
+"""What all of their names have, one or the other."""
 
 FOUND = 86
 """The exit code that means a finding."""
 
 LIMIT_S = 75
 """For one tool and one backend."""
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE)
 
 
 def small(backend: str) -> None:
@@ -44,6 +49,10 @@ def small(backend: str) -> None:
             (gradient,) = torch.autograd.grad([loss], [x])
             assert gradient.isfinite().all()
             fmkernels.soft_sort_cross_entropy(x.detach(), x.detach().flip(0))
+        if backend in search.gpu_kernels:
+            for rows, dim in ((3, 5), (600, 7)) if DRY_RUN else ((3, 5), (2000, 7), (3000, 64)):
+                for metric in METRICS:
+                    fmkernels.knn(normal(3, dim), normal(rows, dim), 3, metric=metric)
 
 
 def check(tool: str, backend: str, command: list[str]) -> dict[str, Any]:
@@ -69,7 +78,9 @@ def outcome(code: int | None, text: str) -> str:
     if code is None:
         return f"no result in {LIMIT_S} s"
     if code == FOUND:
-        return "found errors" if KERNELS in text else "did not reach our kernels"
+        return (
+            "found errors" if any(name in text for name in KERNELS) else "did not reach our kernels"
+        )
     return "clean" if code == 0 else "did not run"
 
 

@@ -48,6 +48,15 @@ def sort(results: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<22}floor {floor:.3g} ms; {'; '.join(shown)}{verdict}"
 
 
+SEARCHERS = ("triton", "triton-prepared", "torch-float32", "torch-bfloat16", "faiss")
+
+
+def knn(results: dict[str, Any]) -> Iterator[str]:
+    for name, found in results.items():
+        shown = (cell(who, facts) for who, facts in found.items() if who in SEARCHERS)
+        yield f"{name:<22}floor {max(found['floor_ms'].values()):.3g} ms; {'; '.join(shown)}"
+
+
 def best(found: dict[str, Any]) -> float | None:
     """Milliseconds of the faster kernel."""
     times = [found[who]["ms"]["median"] for who in PROVIDERS[:2] if "ms" in found.get(who, {})]
@@ -112,6 +121,7 @@ LINES = {
     "tests": tests,
     "sanitizer": sanitizer,
     "sort": sort,
+    "knn": knn,
     "tune": tune,
     "compiled": lambda results: (
         f"{name}: {cell(who, facts)}"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fmkernels import _checks
-from fmkernels._library import Op
+from fmkernels._library import GpuKernel, Op
 from fmkernels.ops.knn import cpp, reference
+from fmkernels.ops.knn.gpu_config import limits
 from fmkernels.ops.knn.reference import METRICS
 
 PRECISIONS = ("exact", "fast")
@@ -179,6 +180,7 @@ search = Op(
     reference=reference.knn,
     fake=_fake,
     cpu=cpp.knn,
+    gpu=(GpuKernel("triton", "fmkernels.ops.knn.gpu", limits),),
 )
 """(Q, D), (M, D) -> scores (Q, k) in float64, larger is better, indices, candidates (Q), paths (Q).
 
