@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -22,7 +23,7 @@ float kth_largest(float* values, int64_t n, int64_t k) {
 namespace {
 
 // A few new ones are cheaper put where they belong, one by one.
-void insert_found(Found best, int64_t k, int64_t kept, Found found, int64_t count) {
+void insert_found(KnnFound best, int64_t k, int64_t kept, KnnFound found, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const double score = found.scores[i];
     const auto above = [](double value, double kept_score) { return value > kept_score; };
@@ -39,7 +40,7 @@ void insert_found(Found best, int64_t k, int64_t kept, Found found, int64_t coun
 
 }  // namespace
 
-void merge_found(Found best, int64_t k, Found found, int64_t count, Found spare) {
+void merge_found(KnnFound best, int64_t k, KnnFound found, int64_t count, KnnFound spare) {
   int64_t kept = 0;
   while (kept < k && best.indices[kept] >= 0) ++kept;
   if (count <= 16) return insert_found(best, k, kept, found, count);
@@ -194,39 +195,86 @@ T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? data_of<T>(*tensor) : nullptr;
 }
 
-// Looks at the products (queries, rows) of a tile, of the queries in `order` if it is given, and
-// updates what was found. The rest is documented at KnnTile.
-void select(
-    const Tensor& products, std::optional<Tensor> order, const Tensor& queries,
-    const Tensor& query_norms, const Tensor& query_residuals, const Tensor& rows,
+// Rows of a dense matrix, as a view.
+Tensor rows_of(const Tensor& matrix, int64_t start, int64_t count) {
+  return torch::stable::narrow(const_cast<Tensor&>(matrix), 0, start, count);
+}
+
+// out = a bᵀ
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(a), from(torch::stable::transpose(b, 0, 1)), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // owns what the call returned
+}
+
+// For so many queries a matrix product takes longer to prepare than to compute.
+constexpr int64_t few_queries = 4;
+
+// Searches a part of the bank: multiplies the queries' units with its shadow, `tile_rows` at a time
+// into `products`, and updates what was found. The arguments are documented at KnnPart.
+void search_part(
+    const Tensor& units, const Tensor& queries, const Tensor& query_norms,
+    const Tensor& query_residuals, const Tensor& shadow, const Tensor& rows,
     const Tensor& row_norms, std::optional<Tensor> row_residuals, int64_t first_row,
     std::string metric, bool rescored, double factor_rounding, std::optional<Tensor> floor,
     Tensor scores, Tensor indices, Tensor candidates, std::optional<Tensor> crowded,
-    int64_t crowd) {
-  const int64_t row_count = rows.size(0), dim = rows.size(1);
+    int64_t tile_rows, int64_t capacity, Tensor products) {
+  const int64_t row_count = rows.size(0), dim = rows.size(1), query_count = queries.size(0);
+  const int64_t k = scores.size(1);
   const bool half = in_half(products);
+  const bool few = !half && (in_half(shadow) || query_count <= few_queries);
   STD_TORCH_CHECK(
-      products.dim() == 2 && products.size(1) == row_count && row_norms.numel() == row_count &&
-          (order ? order->numel() : queries.size(0)) == products.size(0),
-      "knn: products: expected one for every query and row");
+      half == in_half(units) && units.numel() == queries.numel() && shadow.numel() == rows.numel() &&
+          row_norms.numel() == row_count && queries.size(1) == dim &&
+          products.numel() >= query_count * tile_rows && tile_rows % knn_bucket == 0 &&
+          capacity >= k + 64,
+      "knn: products: expected room for every query and row of a tile of whole buckets");
+  if (query_count == 0 || row_count == 0) return;
   const Metric parsed = parse_metric(metric);
   const TileBounds bounds(
-      parsed, data_of<const double>(row_norms), data_or_null<const float>(row_residuals),
-      row_count, static_cast<double>(dim), largest_finite(query_residuals), factor_rounding, rescored);
+      parsed, data_of<const double>(row_norms), data_or_null<const float>(row_residuals), row_count,
+      static_cast<double>(dim), largest_finite(query_residuals), factor_rounding, rescored);
+  const std::unique_ptr<KnnCandidate[]> pools(new KnnCandidate[query_count * capacity]);
+  std::vector<int64_t> counts(query_count);
+  std::vector<float> thresholds(query_count);
   for_type(rows, [&](auto zero) {
     using T = decltype(zero);
-    const KnnTile<T> tile{
-        parsed, rescored, dim, row_count, data_of<const T>(rows), data_of<const double>(row_norms),
-        bounds.sigma.data(), bounds.slack.data(), bounds.half.data(), bounds.buckets.data(),
-        bounds.scale, first_row,
-        products.data_ptr(), half, data_or_null<const int64_t>(order), data_of<const T>(queries),
-        data_of<const double>(query_norms), scores.size(1), data_of<double>(scores),
-        data_of<int64_t>(indices), data_or_null<const double>(floor),
-        data_of<int64_t>(candidates), data_or_null<bool>(crowded), crowd};
+    const KnnPart<T> part{
+        parsed, rescored, dim, k, row_count, first_row, data_of<const T>(rows),
+        data_of<const double>(row_norms), bounds.sigma.data(), bounds.slack.data(),
+        bounds.half.data(), bounds.buckets.data(), bounds.scale, data_of<const T>(queries),
+        data_of<const double>(query_norms), data_or_null<const double>(floor),
+        data_of<double>(scores), data_of<int64_t>(indices), data_of<int64_t>(candidates),
+        data_or_null<bool>(crowded), capacity, pools.get(), counts.data(), thresholds.data()};
     const KnnKernels<T>& kernels = knn_kernels<T>();
-    const size_t bytes = static_cast<size_t>(kernels.scratch_bytes(row_count, tile.k));
-    torch::stable::parallel_for(0, products.size(0), 4, [&](int64_t first, int64_t last) {
-      kernels.select(tile, first, last, ThreadScratch(bytes).memory());
+    const size_t bytes = static_cast<size_t>(kernels.scratch_bytes(k, capacity, tile_rows));
+    const auto for_queries = [&](const auto& run) {
+      torch::stable::parallel_for(0, query_count, 4, [&](int64_t first, int64_t last) {
+        run(first, last, ThreadScratch(bytes).memory());
+      });
+    };
+    kernels.begin(part, 0, query_count);
+    for (int64_t start = 0; start < row_count; start += tile_rows) {
+      const int64_t count = std::min(tile_rows, row_count - start);
+      const Tensor out = torch::stable::view(
+          torch::stable::narrow(products, 0, 0, query_count * count), {query_count, count});
+      if (few) {
+        torch::stable::parallel_for(0, count, rows_per_task, [&](int64_t first, int64_t last) {
+          kernels.multiply_few(
+              data_of<const float>(units), query_count, rows_of(shadow, start, count).data_ptr(),
+              in_half(shadow), first, last, dim, count, data_of<float>(out));
+        });
+      } else {
+        multiply(units, rows_of(shadow, start, count), out);
+      }
+      const KnnProducts tile{out.data_ptr(), half, start, count};
+      for_queries([&](int64_t first, int64_t last, void* scratch) {
+        kernels.collect(part, tile, first, last, scratch);
+      });
+    }
+    for_queries([&](int64_t first, int64_t last, void* scratch) {
+      kernels.finish(part, first, last, scratch);
     });
     return 0;
   });
@@ -238,5 +286,5 @@ void select(
 STABLE_TORCH_LIBRARY_IMPL(fmkernels, CPU, m) {
   m.impl("knn_norms", TORCH_BOX(&fmkernels::norms));
   m.impl("knn_shadow", TORCH_BOX(&fmkernels::shadow));
-  m.impl("knn_select", TORCH_BOX(&fmkernels::select));
+  m.impl("knn_search_part", TORCH_BOX(&fmkernels::search_part));
 }

@@ -6,48 +6,63 @@
 
 namespace fmkernels {
 
+enum class Metric : int { cosine, inner_product, l2 };
+
 // Rows that are compared with a threshold together.
-constexpr int64_t knn_bucket = 512;
+constexpr int64_t knn_bucket = 256;
 struct KnnBucket {
   float sigma, slack, half;  // the largest, the largest, the smallest
 };
 
-enum class Metric : int { cosine, inner_product, l2 };
-
-// A tile of the bank, the queries' products with it, and what has been found so far.
-template <class T>
-struct KnnTile {
-  Metric metric;
-  bool rescored;           // else the products themselves are the scores
-  int64_t dim, row_count;
-  const T* rows;           // (row_count, dim)
-  const double* row_norms; // (row_count)
-  const float *sigma, *slack, *half;  // (row_count), see fmkernels/knn.h
-  const KnnBucket* buckets;
-  double scale;            // S: the largest norm of the tile, for l2
-  int64_t first_row;       // its number in the bank
-
-  const void* products;    // (queries, row_count) in bfloat16 or float32
-  bool half_products;      // bfloat16
-  const int64_t* order;    // of which query they are; null: in a row
-  const T* queries;        // (…, dim)
-  const double* query_norms;
-
-  int64_t k;
-  double* best_scores;     // (…, k), larger first, then the lower index
-  int64_t* best_indices;   // (…, k), −1 where there is none
-  const double* floor;     // (…) or null: what does not exceed it may be left out
-  int64_t* candidates;     // (…)
-  bool* crowded;           // (…) or null: whether a query was left out for too many candidates
-  int64_t crowd;
+// A row that may be among the nearest: between which ends its score lies.
+struct KnnCandidate {
+  float lower, upper;
+  int32_t row;
 };
 
-// The best k of what was found and `count` new ones, which come in the order of their indices.
-struct Found {
+struct KnnFound {
   double* scores;
   int64_t* indices;
 };
-void merge_found(Found best, int64_t k, Found found, int64_t count, Found spare);
+
+// A part of the bank, some queries, and what they have found so far.
+template <class T>
+struct KnnPart {
+  Metric metric;
+  bool rescored;                      // else the products themselves are the scores
+  int64_t dim, k;
+
+  int64_t row_count, first_row;       // and the number of the first in the bank
+  const T* rows;                      // (row_count, dim)
+  const double* row_norms;            // (row_count)
+  const float *sigma, *slack, *half;  // (row_count), see fmkernels/knn.h
+  const KnnBucket* buckets;
+  double scale;                       // S, the largest norm, for l2
+
+  const T* queries;                   // (queries, dim)
+  const double* query_norms;          // (queries)
+  const double* floor;                // (queries) or null: what does not exceed it may be left out
+  double* best_scores;                // (queries, k), larger first, then the lower index
+  int64_t* best_indices;              // (queries, k), −1 where there is none
+  int64_t* candidates;                // (queries), how many rows were scored in float64
+  bool* crowded;                      // (queries) or null: whose candidates are too many to score
+
+  // candidates that wait to be scored
+  int64_t capacity;
+  KnnCandidate* pools;                // (queries, capacity)
+  int64_t* counts;                    // (queries)
+  float* thresholds;                  // (queries)
+};
+
+// The products of all queries with `count` rows of a part, from `start` on.
+struct KnnProducts {
+  const void* values;  // (queries, count)
+  bool half;           // bfloat16, else float32
+  int64_t start, count;
+};
+
+// The best k of what was found and `count` new ones, which come in the order of their indices.
+void merge_found(KnnFound best, int64_t k, KnnFound found, int64_t count, KnnFound spare);
 
 // The k-th largest of n numbers, which change places.
 float kth_largest(float* values, int64_t n, int64_t k);
@@ -59,9 +74,16 @@ struct KnnKernels {
   void (*shadow)(
       const T* rows, bool half, int64_t first, int64_t last, int64_t dim, void* shadow,
       double* norms, float* residuals);
-  int64_t (*scratch_bytes)(int64_t row_count, int64_t k);
-  // rows [first, last) of the products
-  void (*select)(const KnnTile<T>&, int64_t first, int64_t last, void* scratch);
+  // products (queries, stride) of units in float32 with rows [first, last) of a shadow
+  void (*multiply_few)(
+      const float* units, int64_t queries, const void* shadow, bool half, int64_t first,
+      int64_t last, int64_t dim, int64_t stride, float* products);
+  int64_t (*scratch_bytes)(int64_t k, int64_t capacity, int64_t count);
+  // for queries [first, last): before, for, and after the products with a part
+  void (*begin)(const KnnPart<T>&, int64_t first, int64_t last);
+  void (*collect)(
+      const KnnPart<T>&, const KnnProducts&, int64_t first, int64_t last, void* scratch);
+  void (*finish)(const KnnPart<T>&, int64_t first, int64_t last, void* scratch);
 };
 
 #define FMKERNELS_DECLARE(isa)                \

@@ -18,11 +18,13 @@ METRICS = reference.METRICS
 every_metric = pytest.mark.parametrize("metric", METRICS)
 needs_kernel = pytest.mark.skipif(_library.native is None, reason="needs the extension")
 
-SMALL_TILES = CpuPlan(torch.bfloat16, queries=7, chunk=3, rows=37, crowd=8)
+BF16 = torch.bfloat16
+SMALL_TILES = CpuPlan(BF16, BF16, queries=7, chunk=5, rows=37, tile=256, capacity=200)
 PLANS = {
     "bfloat16": SMALL_TILES,
-    "float32": SMALL_TILES._replace(dtype=torch.float32),
-    "one tile": CpuPlan(torch.bfloat16, queries=100, chunk=100, rows=1000, crowd=10**9),
+    "float32": SMALL_TILES._replace(dtype=torch.float32, product=torch.float32),
+    "few queries": SMALL_TILES._replace(product=torch.float32, chunk=3),
+    "one part": CpuPlan(BF16, BF16, queries=100, chunk=100, rows=2048, tile=512, capacity=150),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
@@ -171,7 +173,7 @@ def test_products_err_less_than_the_bound(dtype, dim, precision):
 @every_metric
 def test_rounding_that_turns_the_order_round(use, metric, name):
     """Problems that come near the bound: with less of it, these fail."""
-    use(PLANS["bfloat16"]._replace(crowd=10**9, rows=1))
+    use(PLANS["bfloat16"]._replace(rows=1))
     queries, rows = (torch.from_numpy(x).float() for x in getattr(neighbors, name)())
     products = torch.mm(queries.bfloat16(), rows.bfloat16().mT)
     assert products.argmax() == 1  # that product would choose the other
@@ -184,7 +186,7 @@ def test_rounding_that_turns_the_order_round(use, metric, name):
 @needs_kernel
 @every_metric
 def test_rounding_of_the_scores(use, metric):
-    use(PLANS["bfloat16"]._replace(crowd=10**9))
+    use(PLANS["bfloat16"])
     for seed in range(5):
         rng = np.random.default_rng(seed)
         q, b = (torch.from_numpy(x).bfloat16() for x in neighbors.rounded_scores(rng))
@@ -253,14 +255,13 @@ def test_info(use, metric):
         _, _, info = fmkernels.knn(q, torch.randn(90, 24), 5, metric=metric, return_info=True)
         assert info.path == "reference"
         return
-    use(PLANS["one tile"])
+    use(PLANS["one part"])
     _, _, info = fmkernels.knn(q, torch.randn(900, 24), 5, metric=metric, return_info=True)
     assert info.path == "bfloat16"
     assert info.fallbacks == 0
     assert info.candidates.shape == info.paths.shape == (2, 3)
     assert 5 <= info.candidates.min() <= info.candidates.max() < 200  # far from all
-    use(PLANS["bfloat16"])
-    _, _, info = fmkernels.knn(q, torch.ones(90, 24), 5, metric=metric, return_info=True)
+    _, _, info = fmkernels.knn(q, torch.ones(900, 24), 5, metric=metric, return_info=True)
     assert info.fallbacks == 6  # rows that nothing separates
     assert (info.paths == reference.FELL_BACK).all()
 
@@ -363,14 +364,22 @@ def test_large_k_and_wide_rows():
     check_exact(q, b, 2500, "cosine", *fmkernels.knn(q, b, 2500))
 
 
-def test_plans():
-    for queries in (0, 1, 16, 2048, 10**6):
-        for rows in (0, 1, 10**5, 2**40):
+@pytest.mark.parametrize("prepared", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fast", [False, True])
+def test_plans(monkeypatch, fast, prepared):
+    monkeypatch.setattr(config, "has_fast_bfloat16", lambda: fast)
+    for queries in (0, 1, 4, 5, 16, 2048, 10**6):
+        for dim in (1, 384, 10**5):
             for k in (1, 30, 2048):
-                plan = config.cpu_plan(queries, 384, rows, k)
-                assert plan.chunk * plan.rows <= config.PRODUCTS
-                assert plan.rows >= 1
+                plan = config.cpu_plan(queries, dim, k, torch.float32, prepared)
+                assert plan.chunk * plan.tile <= config.PRODUCTS
+                assert plan.rows % plan.tile == plan.tile % config.BUCKET == 0
                 assert 1 <= plan.chunk <= plan.queries
+                assert plan.capacity >= k + 64
+                assert fast or plan.dtype == torch.float32
+                many = fast and (queries >= config.WORTH_A_CAST or prepared == torch.bfloat16)
+                assert (plan.dtype == torch.bfloat16) == many
+                assert (plan.product == plan.dtype) or queries <= config.FEW_QUERIES
 
 
 @pytest.mark.parametrize(

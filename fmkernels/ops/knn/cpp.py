@@ -1,15 +1,15 @@
 """Exact nearest neighbours on a CPU: oneDNN's products, tile by tile, and our selection from them.
 
-``reference.py`` derives why that finds the nearest. A tile is cast, multiplied with all queries of
-a block, and looked at while it is in the cache; nothing that grows with the bank is allocated. In
-memory at a time, beside the results, are at most
-
-    QUERY_BLOCK × D × 2 to 4 bytes of queries,
-    PRODUCTS bytes of products and TILE_BYTES of rows in low precision, if those are not at hand.
+``reference.py`` derives why that finds the nearest. The bank is gone through in parts. The rows of a
+part are cast, unless they are prepared, and multiplied with a chunk of queries a tile at a time,
+which is looked at while it is in the cache; the candidates are scored before the next part, in
+which their scores are the threshold. Nothing that grows with the bank is allocated; ``config.py``
+has the sizes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,13 +24,13 @@ _norms = native_function("knn_norms", "(Tensor rows) -> Tensor")
 _shadow = native_function(
     "knn_shadow", "(Tensor rows, bool half) -> (Tensor, Tensor, Tensor)"
 )
-_select = native_function(
-    "knn_select",
-    "(Tensor products, Tensor? order, Tensor queries, Tensor query_norms, Tensor query_residuals,"
+_search_part = native_function(
+    "knn_search_part",
+    "(Tensor units, Tensor queries, Tensor query_norms, Tensor query_residuals, Tensor shadow,"
     " Tensor rows, Tensor row_norms, Tensor? row_residuals, int first_row, str metric,"
-    " bool rescored, float factor_rounding, Tensor? floor,"
-    " Tensor(a!) scores, Tensor(b!) indices, Tensor(c!) candidates, Tensor(d!)? crowded,"
-    " int crowd) -> ()",
+    " bool rescored, float factor_rounding, Tensor? floor, Tensor(a!) scores, Tensor(b!) indices,"
+    " Tensor(c!) candidates, Tensor(d!)? crowded, int tile_rows, int capacity,"
+    " Tensor(e!) products) -> ()",
 )
 
 ROUNDED_FACTOR = 2.0**-8
@@ -47,26 +47,18 @@ class Shadow(NamedTuple):
     residuals: Tensor | None
     """(M,), float32: what the rows of norm 1 lack, as a norm; None for rows as they are."""
 
-    def tile(self, tile: slice) -> Shadow:
+    def part(self, part: slice) -> Shadow:
         """Of some of the rows."""
-        residuals = None if self.residuals is None else self.residuals[tile]
-        return Shadow(self.rows[tile], self.norms[tile], residuals)
+        residuals = None if self.residuals is None else self.residuals[part]
+        return Shadow(self.rows[part], self.norms[part], residuals)
 
 
-def shadow_of(rows: Tensor, dtype: torch.dtype) -> Shadow:
-    """Rows for a product in a dtype."""
+def shadow_of(rows: Tensor, dtype: torch.dtype, unit: bool = False) -> Shadow:
+    """Rows for a product in a dtype; at norm 1 even if they have it, where ``unit`` asks for that."""
     wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32).contiguous()
-    if rows.dtype == dtype:
+    if rows.dtype == dtype and not unit:
         return Shadow(rows.contiguous(), _norms(wide), None)
     return Shadow(*_shadow(wide, dtype == torch.bfloat16))
-
-
-class _Queries:
-    """A block of queries: as they are, and of norm 1 in a product's dtype."""
-
-    def __init__(self, rows: Tensor, dtype: torch.dtype) -> None:
-        self.rows = rows
-        self.units, self.norms, self.residuals = _shadow(rows, dtype == torch.bfloat16)
 
 
 def knn(
@@ -81,110 +73,104 @@ def knn(
     residuals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op on CPU tensors; see ``fmkernels.ops.knn`` for the arguments and what is returned."""
-    scores, indices = reference.empty_result(queries, k)
-    candidates = torch.zeros(len(queries), dtype=torch.int64)
-    paths = torch.zeros(len(queries), dtype=torch.int64)
-    plan = cpu_plan(len(queries), queries.shape[1], len(bank), k)
+    made = None if shadow is None else shadow.dtype
+    plan = cpu_plan(len(queries), queries.shape[1], k, bank.dtype, made)
     prepared = None
     if shadow is not None and norms is not None and shadow.dtype == plan.dtype:
         prepared = Shadow(shadow, norms, residuals)
-    for start in range(0, len(queries), plan.queries):
-        block = slice(start, start + plan.queries)
-        found = (scores[block], indices[block], candidates[block])
-        limit = None if floor is None else floor[block].contiguous()
-        search = _Search(queries[block], bank.dtype, metric, precision, limit, found, plan)
-        for first in range(0, len(bank), plan.rows):
-            tile = slice(first, first + plan.rows)
-            search.tile(bank[tile], first, prepared and prepared.tile(tile))
-        paths[block] = search.paths
-    return scores, indices, candidates, paths
+    wide = torch.float64 in (queries.dtype, bank.dtype)
+    queries = queries.to(torch.float64 if wide else torch.float32).contiguous()
+    search = _Search(queries, k, metric, precision, floor, plan)
+    for block in _slices(len(queries), plan.queries):
+        units = shadow_of(queries[block], plan.product, unit=True)
+        for part in _slices(len(bank), plan.rows):
+            rows = bank[part]
+            parts_shadow = prepared.part(part) if prepared else shadow_of(rows, plan.dtype)
+            rows = rows.to(queries.dtype).contiguous()
+            for chunk in _slices(len(units.rows), plan.chunk):
+                chosen = slice(block.start + chunk.start, block.start + chunk.stop)
+                search.part(chosen, units.part(chunk), rows, part.start, parts_shadow)
+    return *search.found, search.candidates, search.paths
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 class _Search:
-    """What a block of queries has found so far."""
+    """All queries, and what they have found so far."""
 
     def __init__(
         self,
         queries: Tensor,
-        bank_dtype: torch.dtype,
+        k: int,
         metric: str,
         precision: str,
         floor: Tensor | None,
-        found: tuple[Tensor, Tensor, Tensor],
         plan: CpuPlan,
     ) -> None:
-        wide = torch.float64 in (queries.dtype, bank_dtype)
-        dtype = torch.float64 if wide else torch.float32
-        queries = queries.to(dtype).contiguous()
-        self.dtype, self.metric, self.plan, self.floor, self.found = (
-            dtype,
-            metric,
-            plan,
-            floor,
-            found,
-        )
+        self.queries, self.metric, self.floor, self.plan = queries, metric, floor, plan
         self.rescored = precision == "exact"
-        self.queries = _Queries(queries, plan.dtype)
-        self.paths = torch.full(
-            (len(queries),),
-            reference.BFLOAT16 if plan.dtype == torch.bfloat16 else reference.FLOAT32,
-        )
-        self.products = torch.empty(plan.chunk * plan.rows, dtype=plan.dtype)
+        self.found = reference.empty_result(queries, k)
+        self.candidates = torch.zeros(len(queries), dtype=torch.int64)
+        path = reference.BFLOAT16 if plan.dtype == torch.bfloat16 else reference.FLOAT32
+        self.paths = torch.full((len(queries),), path)
+        self.products = torch.empty(plan.chunk * plan.tile, dtype=plan.product)
 
-    def tile(self, rows: Tensor, first: int, shadow: Shadow | None) -> None:
-        """Look at one more tile of the bank."""
-        if shadow is None:
-            shadow = shadow_of(rows, self.plan.dtype)
-        rows = rows.to(self.dtype).contiguous()
-        total = len(self.queries.rows)
-        crowded = torch.zeros(total, dtype=torch.bool) if self._may_fall_back() else None
-        for start in range(0, total, self.plan.chunk):
-            units = self.queries.units[start : start + self.plan.chunk]
-            products = self.products[: len(units) * len(rows)].view(len(units), len(rows))
-            torch.mm(units, shadow.rows.mT, out=products)
-            order = None if len(units) == total else torch.arange(start, start + len(units))
-            self._select(products, order, self.queries, rows, shadow, first, crowded)
-        if crowded is not None and crowded.any():
-            self._again(crowded.nonzero().flatten(), rows, first)
+    def part(
+        self, chosen: slice, units: Shadow, rows: Tensor, first_row: int, shadow: Shadow
+    ) -> None:
+        """Search a part of the bank for some of the queries."""
+        if not (self.rescored and self.plan.dtype == torch.bfloat16):
+            return self._run(chosen, units, rows, first_row, shadow, None)
+        crowded = torch.zeros(len(units.rows), dtype=torch.bool)
+        self._run(chosen, units, rows, first_row, shadow, crowded)
+        if crowded.any():
+            self._again(chosen.start + crowded.nonzero().flatten(), rows, first_row)
+        return None
 
-    def _may_fall_back(self) -> bool:
-        return self.rescored and self.plan.dtype == torch.bfloat16
+    def _again(self, chosen: Tensor, rows: Tensor, first_row: int) -> None:
+        """The queries that have too many candidates, by a product in float32."""
+        self.paths[chosen] = reference.FELL_BACK
+        units = shadow_of(self.queries[chosen], torch.float32, unit=True)
+        self._run(chosen, units, rows, first_row, shadow_of(rows, torch.float32), None)
 
-    def _again(self, order: Tensor, rows: Tensor, first: int) -> None:
-        """The queries with too many candidates, by a product in float32."""
-        self.paths[order] = reference.FELL_BACK
-        shadow = shadow_of(rows, torch.float32)
-        for part in order.split(self.plan.chunk // 2 or 1):
-            queries = _Queries(self.queries.rows[part], torch.float32)
-            products = torch.mm(queries.units, shadow.rows.mT)
-            self._select(products, part, queries, rows, shadow, first, None)
-
-    def _select(
+    def _run(
         self,
-        products: Tensor,
-        order: Tensor | None,
-        queries: _Queries,
+        chosen: slice | Tensor,
+        units: Shadow,
         rows: Tensor,
+        first_row: int,
         shadow: Shadow,
-        first: int,
         crowded: Tensor | None,
     ) -> None:
+        products = self.products
+        if products.dtype != units.rows.dtype:
+            products = torch.empty(len(units.rows) * self.plan.tile, dtype=units.rows.dtype)
         rounded = products.dtype == torch.float32 and product_dtype(products) != products.dtype
-        _select(
-            products,
-            order,
-            self.queries.rows,
-            self.queries.norms,
-            queries.residuals,
+        state = (*self.found, self.candidates)
+        found = [x[chosen] for x in state]
+        _search_part(
+            units.rows,
+            self.queries[chosen],
+            units.norms,
+            units.residuals,
+            shadow.rows,
             rows,
             shadow.norms,
             shadow.residuals,
-            first,
+            first_row,
             self.metric,
             self.rescored,
             ROUNDED_FACTOR if rounded else 0.0,
-            self.floor,
-            *self.found,
+            None if self.floor is None else self.floor[chosen].contiguous(),
+            *found,
             crowded,
-            self.plan.crowd,
+            self.plan.tile,
+            self.plan.capacity,
+            products,
         )
+        if isinstance(chosen, Tensor):  # which took copies
+            for whole, part in zip(state, found, strict=True):
+                whole[chosen] = part
