@@ -14,11 +14,14 @@ import torch
 from workloads import WORKLOADS
 
 
-def beside(name: str, peer: str, ours: str = "fmkernels") -> dict[str, Any]:
+def beside(
+    name: str, peer: str, ours: str = "fmkernels", pairs: int | None = None
+) -> dict[str, Any]:
     """Parity, then the ratio."""
     workload = WORKLOADS[name]
     found = parity.check(workload, peer, ours=ours)
-    return measure.ratio(**{who: workload.step(who) for who in (peer, ours)}) | found
+    steps = {who: workload.step(who) for who in (peer, ours)}
+    return measure.ratio(pairs=pairs, **steps) | found
 
 
 def in_a_process(name: str, peer: str, limit_s: float = 600, **environment: str) -> dict[str, Any]:

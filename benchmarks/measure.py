@@ -42,7 +42,7 @@ def seconds(function: Callable[[], object], calls: int = 1) -> float:
 def warm_up(function: Callable[[], object], limit_s: float = 10.0) -> float:
     """Call until fresh memory is no longer touched: a first touch costs more than the work.
 
-    At least four calls, because inputs rotate, or two where they take long; peers that hand their
+    At least four calls, because inputs rotate, or two of half a second; peers that hand their
     memory back touch it for ever.
 
     Returns:
@@ -54,7 +54,8 @@ def warm_up(function: Callable[[], object], limit_s: float = 10.0) -> float:
         duration = seconds(function)
         settled = minor_faults() - before < 16
         late = time.perf_counter() - start > limit_s
-        if (settled and call >= 4) or (late and call >= 2):
+        enough = call >= (2 if duration > 0.5 else 4)
+        if (settled and enough) or (late and call >= 2):
             return duration
 
 

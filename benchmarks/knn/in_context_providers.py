@@ -35,22 +35,22 @@ def images_of(batch: int) -> Tensor:
     return torch.zeros(1, 1, 1, 1).expand(batch, 3, 504, 504)
 
 
-def segmenter_of(memory: Memory, given: list[Tensor]) -> InContextSegmenter:
-    """Its encoder returns ``given[0]``."""
-    features, counts = memory
-    segmenter = InContextSegmenter(
-        lambda images: given[0], counts.shape[1], k=K, temperature=TEMPERATURE
-    )
-    segmenter.memory = PatchMemory(features, counts)
-    return segmenter
+def prepared(memory: Memory) -> PatchMemory:
+    """As after the first search, which makes the features ready for all that follow."""
+    patches = PatchMemory(*memory)
+    patches.search(patches.features[:1], K)
+    return patches
 
 
 def our_labels(memory: Memory) -> Callable[[Tensor], Tensor]:
-    given: list[Tensor] = [torch.empty(0)]
-    segmenter = segmenter_of(memory, given)
+    given: list[Tensor] = []  # what the encoder returns next
+    segmenter = InContextSegmenter(
+        lambda images: given.pop(), memory[1].shape[1], k=K, temperature=TEMPERATURE
+    )
+    segmenter.memory = prepared(memory)
 
     def label(tokens: Tensor) -> Tensor:
-        given[0] = tokens
+        given.append(tokens)
         return segmenter.propagate(images_of(len(tokens))).flatten(0, 2)
 
     return label
@@ -58,7 +58,7 @@ def our_labels(memory: Memory) -> Callable[[Tensor], Tensor]:
 
 def our_search(memory: Memory) -> Callable[[Tensor], Any]:
     """What ``our_labels`` does before the labels are carried over."""
-    patches = PatchMemory(*memory)
+    patches = prepared(memory)
     return lambda tokens: patches.search(tokens.flatten(0, 1), K)
 
 

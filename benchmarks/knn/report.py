@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from limits import Results
-from markdown import by_instruction_set, heading, megabytes, table, three, times, verdicts
+from limits import Results, busy
+from markdown import (
+    BUSY_NOTE,
+    by_instruction_set,
+    heading,
+    megabytes,
+    table,
+    three,
+    times,
+    verdicts,
+)
 
 from knn.limits import LIMITS
 from knn.workloads import SHAPES
@@ -27,6 +36,7 @@ KINDS = {
     "photographs": "8 × 8 pixel patches of two photographs, near-duplicates among them",
 }
 ISAS = ("baseline", "avx2", "avx512")
+"""Those that are not the machine's best are measured on their own."""
 
 
 def measurement(peer: str, ours: str = "fmkernels") -> str:
@@ -90,25 +100,29 @@ def shapes(results: Results) -> list[str]:
 
 def instruction_sets(results: Results) -> list[str]:
     shown = by_instruction_set(results.get("knn-100k", {}), "faiss", ISAS)
-    words = "`knn-100k` beside faiss, by the instruction set of our own loops"
+    words = "`knn-100k` beside faiss, with our own loops in another instruction set"
     return ["", f"{words} (the product is oneDNN's): {shown}."] if shown else []
 
 
 def costs(results: Results) -> list[str]:
-    """What a workload takes of what the machine can do."""
+    """What a workload needs at least, and what it takes of what the machine can do."""
     rows = []
-    for name, found in results.items():
-        alone = found.get("alone")
+    for name, search in SHAPES.items():
+        alone = results.get(name, {}).get("alone")
         if alone:
             rows.append(
                 (
                     f"`{name}`",
-                    f"{three(1e3 * alone['median_ms'] / alone['queries'])} µs",
+                    f"{three(search.operations() / 1e9)} G",
+                    f"{three(search.bytes_moved() / 1e6)} MB",
+                    f"{three(1e3 * alone['median_ms'] / search.queries)} µs"
+                    + (BUSY_NOTE if busy(alone) else ""),
                     f"{alone['share_of_matmul_rate']:.1%} ({alone['product']})",
                     f"{alone['share_of_copy_rate']:.1%}",
                 )
             )
-    return table(("", "time per query", "of the matmul rate", "of the copy rate"), rows)
+    titles = ("", "operations", "bytes at least", "time per query", "of the matmul rate")
+    return table((*titles, "of the copy rate"), rows)
 
 
 def memory(results: Results) -> list[str]:
