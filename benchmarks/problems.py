@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def least_operations(self) -> int:
-        """Of a query; those of benchmarks/workloads.py."""
+        """Of a query; those of benchmarks/sort/workloads.py."""
         mix, mix_and_keep, go_back = Sorting.OPERATIONS
         work = mix * self.plain + (mix_and_keep + go_back) * self.taped
         return Sorting(1, self.n).comparators_met() * work
