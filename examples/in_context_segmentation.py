@@ -19,7 +19,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pictures", type=Path, default=Path(), help="folder for two PNG files")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     main(arguments.seeds, pictures=arguments.pictures)

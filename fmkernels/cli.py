@@ -32,16 +32,26 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="the same as JSON, for bug reports")
 
     demo = commands.add_parser(
-        "demo", help="NeCo's loss on photographs, and parity, speed and memory beside diffsort"
+        "demo", help="NeCo's loss, in-context segmentation and search on real data, beside peers"
     )
     demo.add_argument(
-        "--picture",
+        "--pictures",
         type=Path,
-        default=Path("neco_demo.png"),
-        help="the PNG file that it draws (default: neco_demo.png, here)",
+        default=Path(),
+        help="the folder for the three PNG files that it draws (default: here)",
     )
-    demo.add_argument("--steps", type=int, default=150, help="gradient steps (default: 150)")
-    demo.add_argument("--no-picture", action="store_true", help="numbers only")
+    demo.add_argument("--no-pictures", action="store_true", help="numbers only")
+    demo.add_argument(
+        "--steps", type=int, default=150, help="gradient steps of part 1 (default: 150)"
+    )
+    demo.add_argument(
+        "--parts",
+        type=int,
+        nargs="+",
+        choices=(1, 2, 3, 4),
+        default=(1, 2, 3, 4),
+        help="only these: 1 NeCo's loss, 2 beside diffsort, 3 segmentation, 4 beside faiss",
+    )
 
     bench = commands.add_parser(
         "bench", help="the benchmarks of a source checkout, each beside the package it replaces"
@@ -69,21 +79,20 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         from fmkernels.demo import run
     except ModuleNotFoundError as error:
-        print(
-            f"demo: {error.name} is missing: pip install 'fmkernels[demo,peers]'", file=sys.stderr
-        )
+        extras = "'fmkernels[demo,faiss,peers]'"
+        print(f"demo: {error.name} is missing: pip install {extras}", file=sys.stderr)
         return 1
     if options.steps < 1:
         print(f"demo: --steps: expected at least 1, got {options.steps}", file=sys.stderr)
         return 2
-    if options.picture.suffix != ".png" or not options.picture.parent.is_dir():
+    if not options.no_pictures and not options.pictures.is_dir():
         print(
-            "demo: --picture: expected a .png file in a folder that exists, "
-            f"got {str(options.picture)!r}",
+            f"demo: --pictures: expected a folder that exists, got {str(options.pictures)!r}",
             file=sys.stderr,
         )
         return 2
-    return run(picture=None if options.no_picture else options.picture, steps=options.steps)
+    pictures = None if options.no_pictures else options.pictures
+    return run(pictures, options.steps, set(options.parts))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -67,14 +67,12 @@ def test_runs_and_draws(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     make = scenes.make
     monkeypatch.setattr(scenes, "make", lambda count, **rest: make(min(count, 24), **rest))
-    monkeypatch.setattr(in_context, "SIZES", (24, 240))
+    monkeypatch.setattr(in_context, "SIZES", (24, 240))  # and all, 24 · 144
     lines = []
     report = in_context.run(2, steps=3, neco_steps=2, pictures=tmp_path, say=lines.append)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "in_context.png",
-        "in_context_neighbors.png",
-    ]
-    assert list(report.by_size) == [24, 240]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(in_context.PICTURES)
+    assert list(report.by_size) == [24, 240, 3456]
+    assert report.by_size[3456] == report.before[0]
     assert len(report.before) == len(report.control) == len(report.after) == 2
     assert all(0 < miou < 1 for part in report[1:] for miou in part)
     assert report.before != report.after

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +14,12 @@ import torch
 from torch import Tensor
 
 import fmkernels
+from fmkernels.demo.timing import Times, interleaved
 
 ROWS, SIZE, STEEPNESS = 392, 49, 100.0
 PAIRS = 9
 BUDGET_S = 15.0
 """After this long a slow machine stops with fewer pairs."""
-
-PROCESSOR_TIMES = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,6 @@ class Figures:
     """What one package needs for a step."""
 
     loss: float
-    seconds: float
     peak_bytes: int | None
 
 
@@ -45,8 +39,8 @@ class Comparison:
     fmkernels: Figures
     gradient_difference: float
     """Largest, relative to the largest gradient, in float64."""
-    speed_ratio: float
-    pairs: int
+    times: Times
+    """In float32."""
 
 
 def scores(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -85,54 +79,21 @@ STEPS = {"fmkernels": fmkernels_step, "diffsort": diffsort_step}
 def compare() -> Comparison:
     """Parity in float64, times in interleaved pairs, memory in fresh processes."""
     exact = {name: step(*scores(torch.float64)) for name, step in STEPS.items()}
-    times: dict[str, list[float]] = {name: [] for name in STEPS}
     inputs = scores()
-    for step in STEPS.values():
-        step(*inputs)  # touches fresh memory, starts the threads
-    start = time.perf_counter()
-    for pair in range(PAIRS):
-        if pair > 2 and time.perf_counter() - start > BUDGET_S:
-            break
-        for name in sorted(STEPS, reverse=pair % 2 == 1):
-            calls = 10 if name == "fmkernels" else 1
-            times[name].append(_seconds(STEPS[name], inputs, calls))
+    theirs, ours = (functools.partial(step, *inputs) for step in (diffsort_step, fmkernels_step))
+    times = interleaved(theirs, ours, pairs=PAIRS, budget_s=BUDGET_S, calls=10)
 
     def figures(name: str) -> Figures:
-        return Figures(exact[name][0].item(), statistics.median(times[name]), peak_bytes(name))
+        return Figures(exact[name][0].item(), peak_bytes(name))
 
-    ours, theirs = exact["fmkernels"][1], exact["diffsort"][1]
-    ratios = [b / a for a, b in zip(times["fmkernels"], times["diffsort"], strict=True)]
+    gradient, expected = exact["fmkernels"][1], exact["diffsort"][1]
     return Comparison(
         importlib.metadata.version("diffsort"),
         figures("diffsort"),
         figures("fmkernels"),
-        (ours - theirs).abs().max().item() / theirs.abs().max().item(),
-        statistics.median(ratios),
-        len(ratios),
+        (gradient - expected).abs().max().item() / expected.abs().max().item(),
+        times,
     )
-
-
-def busy_cores(seconds: float = 0.5) -> float:
-    """Cores that other programs use just now; 0 where the system does not say (Linux does)."""
-    if not PROCESSOR_TIMES.exists():
-        return 0.0
-
-    def used_s() -> float:
-        fields = map(int, PROCESSOR_TIMES.read_text().split(maxsplit=9)[1:9])
-        user, nice, system, _idle, _waiting, *interrupts_and_stolen = fields
-        ticks = user + nice + system + sum(interrupts_and_stolen)
-        return ticks / os.sysconf("SC_CLK_TCK")
-
-    before = used_s()
-    time.sleep(seconds)
-    return (used_s() - before) / seconds
-
-
-def _seconds(step: Callable[..., object], inputs: tuple[Tensor, Tensor], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        step(*inputs)
-    return (time.perf_counter() - start) / calls
 
 
 def peak_bytes(package: str) -> int | None:

@@ -30,8 +30,10 @@ GRIDS = ((12, 12), (12, 12), (6, 6), (6, 6))
 """Patches of the two global crops and of the two local ones."""
 SHARES = ((0.7, 1.0), (0.7, 1.0), (0.4, 0.6), (0.4, 0.6))
 """Smallest and largest side of each crop, of the scene's."""
-SIZES = (400, 1600, 6400, None)
-"""Patches in the memory."""
+SIZES = (400, 1600, 6400)
+"""Patches in the memory; then all of them."""
+PICTURES = ("in_context.png", "in_context_neighbors.png")
+"""Predictions on test scenes, and what was retrieved for some patches."""
 
 
 class Report(NamedTuple):
@@ -172,7 +174,7 @@ def run(
         seeds: repetitions, with other weights and training scenes; the test scenes are the same.
         steps: of learning the image labels.
         neco_steps: of NeCo, and of the control.
-        pictures: a folder for ``in_context.png`` and ``in_context_neighbors.png``; None for none.
+        pictures: a folder for ``PICTURES``; None for none.
         say: where the lines go.
     """
     start = time.perf_counter()
@@ -189,11 +191,11 @@ def run(
         unlabelled = scenes.make(600, seed=200 + seed).images
         report.untrained.append(miou(model.encoder))
         pretrain(model, labelled, steps, LEARNING_RATE)
-        report.before.append(miou(model.encoder))
         if seed == 0:
-            report.by_size.update(_by_size(model.encoder, memory, test, say))
-            if pictures is not None:
-                _draw(model.encoder, memory, test, pictures)
+            report.by_size.update(_by_size(model.encoder, memory, test, pictures, say))
+            report.before.append(list(report.by_size.values())[-1])
+        else:
+            report.before.append(miou(model.encoder))
         goes_on = copy.deepcopy(model)
         pretrain(goes_on, labelled, neco_steps, POST_LEARNING_RATE)
         report.control.append(miou(goes_on.encoder))
@@ -217,23 +219,31 @@ def _segmenter(encoder: Encoder, size: int | None = None) -> InContextSegmenter:
 
 
 def _by_size(
-    encoder: Encoder, memory: scenes.Scenes, test: scenes.Scenes, say: Callable[[str], object]
+    encoder: Encoder,
+    memory: scenes.Scenes,
+    test: scenes.Scenes,
+    pictures: Path | None,
+    say: Callable[[str], object],
 ) -> dict[int, float]:
+    """mIoU with a part of the memory, and with all of it, which also draws."""
     found = {}
-    for size in SIZES:
+    for size in (*SIZES, None):
         segmenter = _segmenter(encoder, size).fit(memory.pairs())
-        found[len(segmenter.memory)] = result = segmenter.evaluate(test.pairs()).miou
-        say(f"{len(segmenter.memory):6} patches in the memory: mIoU {result:.3f}")
+        picture = pictures / PICTURES[0] if pictures is not None and size is None else None
+        result = segmenter.evaluate(test.pairs(), picture, shown=12)
+        found[len(segmenter.memory)] = result.miou
+        say(f"{len(segmenter.memory):6} patches in the memory: mIoU {result.miou:.3f}")
+    if pictures is not None:
+        _draw_neighbors(segmenter, memory, test, pictures / PICTURES[1])
     return found
 
 
-def _draw(encoder: Encoder, memory: scenes.Scenes, test: scenes.Scenes, folder: Path) -> None:
-    """Predictions on test scenes, and what was retrieved for patches of the busiest of them."""
-    segmenter = _segmenter(encoder).fit(memory.pairs())
-    segmenter.evaluate(test.pairs(), folder / "in_context.png", shown=12)
+def _draw_neighbors(
+    segmenter: InContextSegmenter, memory: scenes.Scenes, test: scenes.Scenes, picture: Path
+) -> None:
+    """What was retrieved for patches of the busiest test scene."""
     number = int(test.tags().sum(dim=1).argmax())
     covered = F.avg_pool2d((test.masks[number] > 0).float()[None], PATCH)[0]
     best = covered.flatten().argsort(descending=True, stable=True)[::9][:4]
     patches = [divmod(int(patch), covered.shape[1]) for patch in best]
-    picture = folder / "in_context_neighbors.png"
     segmenter.draw_neighbors(picture, test.images[number], patches, memory.pairs())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fmkernels
-from fmkernels.api import PatchIndex, open_bank
+from fmkernels.api import PatchIndex, PatchMemory, open_bank
 from fmkernels.ops.knn import bank as knn_bank
 
 METRICS = ("cosine", "inner_product", "l2")
@@ -301,8 +301,14 @@ def test_foreign_files_are_refused(tmp_path):
     safetensors.save_file({"features": torch.randn(3, 4)}, path)
     with pytest.raises(ValueError, match=r"other\.safetensors: its format is None.*open_bank"):
         PatchIndex.load(path)
-    with pytest.raises(FileNotFoundError):
-        PatchIndex.load(tmp_path / "none")
+    PatchMemory(torch.randn(3, 4), torch.ones(3, 2)).save(path)
+    with pytest.raises(ValueError, match=r"not 'fmkernels.PatchIndex 1', and it holds features, l"):
+        PatchIndex.load(path)
+    for missing in (tmp_path / "none", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"load: path: expected a file that exists"):
+            PatchIndex.load(missing)
+    with pytest.raises(ValueError, match=r"save: path: expected a file in a folder that"):
+        PatchIndex(4).save(tmp_path / "missing" / "index.safetensors")
 
 
 def test_damaged_faiss_structures_are_refused(tmp_path):

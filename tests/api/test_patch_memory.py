@@ -356,6 +356,23 @@ def test_damaged_files_are_refused(tmp_path):
         PatchMemory.load(tmp_path / "none")
 
 
+def test_saving_keeps_links_and_modes_and_loading_checks_the_tables(tmp_path):
+    pytest.importorskip("safetensors")
+    path, link = tmp_path / "memory.safetensors", tmp_path / "link"
+    link.symlink_to(path)
+    memory = build(60)
+    memory.save(link)
+    assert link.is_symlink()
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    memory.labels = memory.labels[1:]
+    memory.save(path)
+    with pytest.raises(
+        ValueError, match=r"memory\.safetensors: PatchMemory: labels: expected shape"
+    ):
+        PatchMemory.load(path)
+
+
 def test_progress_counts_images(capsys):
     pytest.importorskip("tqdm")
     images, masks = scene()
