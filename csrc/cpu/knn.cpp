@@ -51,7 +51,10 @@ void merge_found(KnnFound best, int64_t k, KnnFound found, int64_t count, KnnFou
     return a.first != b.first ? a.first > b.first : a.second < b.second;
   };
   const int64_t useful = std::min(k, count);
-  std::partial_sort(ordered.begin(), ordered.begin() + useful, ordered.end(), before);
+  if (useful < count) {
+    std::nth_element(ordered.begin(), ordered.begin() + useful, ordered.end(), before);
+  }
+  std::sort(ordered.begin(), ordered.begin() + useful, before);
   int64_t old = 0, fresh = 0, merged = 0;
   for (; merged < k && (old < kept || fresh < useful); ++merged) {
     // those found before have the lower indices
@@ -236,7 +239,7 @@ void search_part(
       parsed, data_of<const double>(row_norms), data_or_null<const float>(row_residuals), row_count,
       static_cast<double>(dim), largest_finite(query_residuals), factor_rounding, rescored);
   const std::unique_ptr<KnnCandidate[]> pools(new KnnCandidate[query_count * capacity]);
-  std::vector<int64_t> counts(query_count);
+  std::vector<int64_t> counts(query_count), scored(query_count);
   std::vector<float> thresholds(query_count);
   for_type(rows, [&](auto zero) {
     using T = decltype(zero);
@@ -246,7 +249,8 @@ void search_part(
         bounds.half.data(), bounds.buckets.data(), bounds.scale, data_of<const T>(queries),
         data_of<const double>(query_norms), data_or_null<const double>(floor),
         data_of<double>(scores), data_of<int64_t>(indices), data_of<int64_t>(candidates),
-        data_or_null<bool>(crowded), capacity, pools.get(), counts.data(), thresholds.data()};
+        data_or_null<bool>(crowded), capacity, pools.get(), counts.data(), thresholds.data(),
+        scored.data()};
     const KnnKernels<T>& kernels = knn_kernels<T>();
     const size_t bytes = static_cast<size_t>(kernels.scratch_bytes(k, capacity, tile_rows));
     const auto for_queries = [&](const auto& run) {

@@ -7,9 +7,12 @@
 #include <cmath>
 
 #include "fmkernels/knn.h"
+#include "fmkernels/simd.h"
 
 FMKERNELS_NAMESPACE_BEGIN
 namespace {
+
+constexpr int64_t block_bytes = int64_t{1} << 18;  // of rows that many queries share
 
 // A query's score as v of fmkernels/knn.h, and back.
 struct Units {
@@ -76,6 +79,7 @@ class Query {
   bool is_left_out() const { return part_.crowded != nullptr && part_.crowded[q_]; }
 
   bool is_full() const { return best_.indices[part_.k - 1] >= 0; }
+  int64_t waiting() const { return count_; }
   float threshold() const { return threshold_; }
   void raise(float threshold) {
     if (threshold > threshold_) threshold_ = threshold;
@@ -108,7 +112,8 @@ class Query {
       count_ = 0;
       return false;
     }
-    score_pool(scratch);
+    score(0, part_.row_count);
+    merge(scratch);
     return true;
   }
 
@@ -117,24 +122,52 @@ class Query {
     if (count_ > 2 * part_.k + 32) tighten(scratch);
   }
 
-  void add(Interval v, int32_t row) {
-    const float upper = v.middle + v.reach;
-    pool_[count_] = {v.middle - v.reach, upper, row};
-    count_ += !(upper < threshold_);
+  void add(Interval v, int64_t row) {
+    pool_[count_].lower = v.middle - v.reach;
+    pool_[count_].upper = v.middle + v.reach;
+    pool_[count_].row = row;
+    count_ += !(pool_[count_].upper < threshold_);
   }
 
-  void finish(const Scratch& scratch) {
-    if (is_measured()) {
-      if (count_ > part_.k) tighten(scratch);
-      return score_pool(scratch);
+  void drop_few(const Scratch& scratch) {
+    if (count_ > part_.k) tighten(scratch);
+  }
+
+  // Scores the candidates from number `next` on whose row is below `end`; the number after them.
+  int64_t score(int64_t next, int64_t end) const {
+    for (; next < count_ && pool_[next].row < end; ++next) {
+      if (next + 2 < count_) prefetch(pool_[next + 2].row);
+      pool_[next].score = part_.rescored ? exact_score(pool_[next].row)
+                                         : units_.score(pool_[next].upper);
     }
-    if (norm_ != norm_) return;  // and so are its scores
+    return next;
+  }
+
+  // Empties the pool, all of which is scored, into what was found.
+  void merge(const Scratch& scratch) {
+    if (part_.rescored) part_.candidates[q_] += count_;
+    const bool full = is_full();
+    int64_t better = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      const double score = pool_[i].score;
+      scratch.found.scores[better] = score;
+      scratch.found.indices[better] = part_.first_row + pool_[i].row;
+      better += full ? score > best_.scores[part_.k - 1] : score == score;
+    }
+    count_ = 0;
+    if (better == 0) return;
+    merge_found(best_, part_.k, scratch.found, better, scratch.spare);
+    raise_to_best();
+  }
+
+  // Where products tell nothing, every row is a candidate.
+  void score_all(const Scratch& scratch) {
+    if (norm_ != norm_) return;  // and so are the scores
     for (int64_t row = 0; row < part_.row_count;) {
       if (is_null() && is_full() && best_.scores[part_.k - 1] >= 0) return;
-      for (count_ = 0; count_ < part_.capacity && row < part_.row_count; ++row) {
-        pool_[count_++] = {-INFINITY, INFINITY, static_cast<int32_t>(row)};
-      }
-      score_pool(scratch);
+      for (; count_ < part_.capacity && row < part_.row_count; ++row) pool_[count_++].row = row;
+      score(0, part_.row_count);
+      merge(scratch);
     }
   }
 
@@ -165,24 +198,6 @@ class Query {
       kept += !(pool_[i].upper < threshold_);
     }
     count_ = kept;
-  }
-
-  void score_pool(const Scratch& scratch) {
-    const bool full = is_full();
-    int64_t better = 0;
-    for (int64_t i = 0; i < count_; ++i) {
-      const int64_t row = pool_[i].row;
-      if (i + 1 < count_) prefetch(pool_[i + 1].row);
-      const double score = part_.rescored ? exact_score(row) : units_.score(pool_[i].upper);
-      scratch.found.scores[better] = score;
-      scratch.found.indices[better] = part_.first_row + row;
-      better += full ? score > best_.scores[part_.k - 1] : score == score;
-    }
-    if (part_.rescored) part_.candidates[q_] += count_;
-    count_ = 0;
-    if (better == 0) return;
-    merge_found(best_, part_.k, scratch.found, better, scratch.spare);
-    raise_to_best();
   }
 
   double exact_score(int64_t j) const {
@@ -316,7 +331,7 @@ struct Look {
     }
     return for_flags(flags, width, [&](int64_t i) {
       if (!query.make_room(scratch)) return false;
-      query.add(at(first + i), static_cast<int32_t>(start + first + i));
+      query.add(at(first + i), start + first + i);
       return true;
     });
   }
@@ -371,13 +386,34 @@ void collect(
   }
 }
 
+// Scores what is left in the pools: a block of rows at a time, so that queries that share candidates
+// find them in the cache.
 template <class T>
 void finish(const KnnPart<T>& part, int64_t first, int64_t last, void* memory) {
   const Scratch scratch(part.k, part.capacity, memory);
-  for (int64_t q = first; q < last; ++q) {
-    Query<T> query(part, q);
-    if (!query.is_left_out()) query.finish(scratch);
+  const auto for_queries = [&](const auto& run) {
+    for (int64_t q = first; q < last; ++q) {
+      Query<T> query(part, q);
+      if (query.is_left_out()) continue;
+      run(query, q);
+      query.store();
+    }
+  };
+  int64_t waiting = 0;
+  for_queries([&](Query<T>& query, int64_t q) {
+    query.is_measured() ? query.drop_few(scratch) : query.score_all(scratch);
+    part.scored[q] = 0;
+    waiting += query.waiting();
+  });
+  const bool shared = waiting > 2 * part.row_count;
+  const int64_t bytes = part.dim * int64_t{sizeof(T)};
+  const int64_t block = shared ? 1 + block_bytes / bytes : part.row_count;
+  for (int64_t end = block; end < part.row_count + block; end += block) {
+    for_queries([&](Query<T>& query, int64_t q) {
+      part.scored[q] = query.score(part.scored[q], end);
+    });
   }
+  for_queries([&](Query<T>& query, int64_t) { query.merge(scratch); });
 }
 
 template <class T>
@@ -385,14 +421,71 @@ void norms(const T* rows, int64_t first, int64_t last, int64_t dim, double* norm
   for (int64_t j = first; j < last; ++j) norms[j] = norm(rows + j * dim, dim);
 }
 
+#if defined(__AVX512F__)
+constexpr int floats = 16;
+#elif defined(__AVX2__)
+constexpr int floats = 8;
+#else
+constexpr int floats = 4;
+#endif
+using Register = Vec<float, floats>;
+
+FMKERNELS_INLINE Register load_wide(const float* memory) { return load<Register>(memory); }
+FMKERNELS_INLINE Register load_wide(const BFloat16* memory) {
+  typedef uint16_t Halves __attribute__((vector_size(floats * sizeof(uint16_t))));
+  Halves halves;
+  __builtin_memcpy(&halves, memory, sizeof halves);
+  const auto wide = __builtin_convertvector(halves, Native<float, floats>::Ints) << 16;
+  return from_bits(IntVec<float, floats>{wide});
+}
+
+// The products of a unit with as many rows as a register has lanes, whose sums are then added up
+// together.
+template <class P>
+FMKERNELS_INLINE void multiply_block(
+    const float* unit, const P* rows, int64_t dim, float* products) {
+  constexpr int parts = 4;
+  const int64_t whole = dim / floats * floats;
+  Register sums[floats];
+  for (int row = 0; row < floats; ++row) {
+    const P* numbers = rows + row * dim;
+    Register sum[parts] = {Register(0.0f), Register(0.0f), Register(0.0f), Register(0.0f)};
+    int64_t d = 0;
+    for (; d + parts * floats <= whole; d += parts * floats) {
+      for (int part = 0; part < parts; ++part) {
+        const int64_t at = d + part * floats;
+        sum[part] += load<Register>(unit + at) * load_wide(numbers + at);
+      }
+    }
+    for (; d < whole; d += floats) sum[0] += load<Register>(unit + d) * load_wide(numbers + d);
+    sums[row] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  transpose(sums);
+  for (int half = floats / 2; half > 0; half /= 2) {
+    for (int row = 0; row < half; ++row) sums[row] += sums[row + half];
+  }
+  store(sums[0], products);
+  for (int64_t d = whole; d < dim; ++d) {
+    for (int row = 0; row < floats; ++row) products[row] += unit[d] * widen(rows[row * dim + d]);
+  }
+}
+
 // The products of a few queries with rows [first, last), without a matrix product's preparations.
 template <class P>
 void multiply_rows(
     const float* units, int64_t queries, const P* shadow, int64_t first, int64_t last, int64_t dim,
     int64_t stride, float* products) {
-  for (int64_t j = first; j < last; ++j) {
+  int64_t j = first;
+  for (; j + floats <= last; j += floats) {
     for (int64_t q = 0; q < queries; ++q) {
-      products[q * stride + j] = low_dot(units + q * dim, shadow + j * dim, dim);
+      multiply_block(units + q * dim, shadow + j * dim, dim, products + q * stride + j);
+    }
+  }
+  for (; j < last; ++j) {
+    for (int64_t q = 0; q < queries; ++q) {
+      float sum = 0;
+      for (int64_t d = 0; d < dim; ++d) sum += units[q * dim + d] * widen(shadow[j * dim + d]);
+      products[q * stride + j] = sum;
     }
   }
 }

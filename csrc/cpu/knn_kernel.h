@@ -14,10 +14,15 @@ struct KnnBucket {
   float sigma, slack, half;  // the largest, the largest, the smallest
 };
 
-// A row that may be among the nearest: between which ends its score lies.
+// A row that may be among the nearest: between which ends its score lies, and then the score.
 struct KnnCandidate {
-  float lower, upper;
-  int32_t row;
+  union {
+    struct {
+      float lower, upper;
+    };
+    double score;
+  };
+  int64_t row;
 };
 
 struct KnnFound {
@@ -52,6 +57,7 @@ struct KnnPart {
   KnnCandidate* pools;                // (queries, capacity)
   int64_t* counts;                    // (queries)
   float* thresholds;                  // (queries)
+  int64_t* scored;                    // (queries), how many of them are
 };
 
 // The products of all queries with `count` rows of a part, from `start` on.

@@ -96,25 +96,6 @@ FMKERNELS_INLINE float widen(BFloat16 value) {
   return wide;
 }
 
-// a·b in float32.
-template <class P>
-FMKERNELS_INLINE float low_dot(const float* a, const P* b, int64_t n) {
-  constexpr int width = 64;
-  float sums[width] = {};
-  int64_t d = 0;
-  for (; d + width <= n; d += width) {
-    for (int start = 0; start < width; start += 16) {
-#pragma omp simd
-      for (int lane = start; lane < start + 16; ++lane) sums[lane] += a[d + lane] * widen(b[d + lane]);
-    }
-  }
-  for (int lane = 0; d + lane < n; ++lane) sums[lane] += a[d + lane] * widen(b[d + lane]);
-  for (int half = width / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  }
-  return sums[0];
-}
-
 // The nearest bfloat16, ties to even; a NaN stays one.
 FMKERNELS_INLINE void narrow(float value, BFloat16& narrowed) {
   uint32_t bits;
