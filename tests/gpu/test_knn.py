@@ -27,11 +27,11 @@ def backend(request):
 def small(monkeypatch):
     """In a dry run: buffers that few rows overflow, and few but large operations."""
     if DRY_RUN:
-        from fmkernels.ops.knn import gpu, gpu_config, triton
+        from fmkernels.ops.knn import gpu, gpu_config, gpu_launch
 
         monkeypatch.setattr(gpu, "search_plan", lambda *_: gpu_config.Plan(64, 64, 1024))
         for name in ("PREPARED", "SCORED", "MERGED"):
-            monkeypatch.setattr(triton, name, 128)
+            monkeypatch.setattr(gpu_launch, name, 128)
 
 
 def inputs(queries, rows, dim, dtype, device):

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 import fmkernels
-from fmkernels.ops.knn import gpu, gpu_bound, reference, search, triton
+from fmkernels.ops.knn import gpu, gpu_bound, gpu_launch, reference, search
 from fmkernels.ops.knn.gpu_config import Plan, Product, Segment, head, segments
 from fmkernels.ops.knn.reference import BFLOAT16, FELL_BACK, METRICS, REFERENCE
 
@@ -35,7 +35,7 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu, "search_plan", small_plan)
     monkeypatch.setattr(gpu, "product", lambda *_: Product(16, 128, 64, 4, 2))
     for name in ("PREPARED", "SCORED", "MERGED"):  # the interpreter takes its time for an operation
-        monkeypatch.setattr(triton, name, 128)
+        monkeypatch.setattr(gpu_launch, name, 128)
 
 
 def check(queries, bank, k, metric, *rest, paths=None, near_ties=False):

@@ -3,8 +3,8 @@
 import torch
 from triton_aot import compiled
 
-from fmkernels.ops.knn import triton
-from fmkernels.ops.knn.gpu_config import MAX_QUERIES, Segment, product, product_grid
+from fmkernels.ops.knn import gpu_launch, triton
+from fmkernels.ops.knn.gpu_config import MAX_QUERIES, PITCH, Segment, product, product_grid
 
 POINTERS = {
     triton.knn_prepare_kernel: "p_rows p_copy p_squares p_lost p_exponent",
@@ -37,8 +37,8 @@ def arguments_of(
     best = torch.zeros(16, k, dtype=torch.float64), torch.zeros(16, k, dtype=torch.int64)
     new = torch.zeros(16, capacity, dtype=torch.float64)
     words = torch.zeros(16, capacity, dtype=torch.int32)
-    slots = triton.Slots(counts, words, words)
-    pitch = -(-dim // triton.PITCH) * triton.PITCH
+    slots = gpu_launch.Slots(counts, words, words)
+    pitch = -(-dim // PITCH) * PITCH
     tile = product(queries, low, f"{capability / 10:.1f}")
     rows = torch.zeros(64, pitch if copied else dim, dtype=low)
     segment = Segment(0, 1, 1, 0, 48) if copied else SEGMENT
@@ -59,5 +59,5 @@ def compile_for(name, capability, metric="cosine", **case):
     """A kernel at the launch that is shipped."""
     arguments = arguments_of(name, capability, metric=metric, **case)
     named = {"squared": metric == "l2"} if name == "knn_candidates_kernel" else {}
-    launcher = getattr(triton, name.removeprefix("knn_").removesuffix("_kernel"))
+    launcher = getattr(gpu_launch, name.removeprefix("knn_").removesuffix("_kernel"))
     return compiled(BY_NAME[name], capability, lambda: launcher(*arguments, **named))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fmkernels._tuned import capability
-from fmkernels.ops.knn import triton
+from fmkernels.ops.knn import gpu_launch
 from fmkernels.ops.knn.gpu_bound import Bound, Operand, scale_exponent
 from fmkernels.ops.knn.gpu_config import (
     ALL_ROWS,
@@ -101,7 +101,7 @@ def usable(
     if shadow is None or norms is None:
         return None
     half = shadow.dtype in (torch.float16, torch.bfloat16)
-    return Prepared(shadow, norms, residuals) if half and triton.fits(shadow) else None
+    return Prepared(shadow, norms, residuals) if half and gpu_launch.fits(shadow) else None
 
 
 def shadow_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -153,7 +153,7 @@ class Search:
             return
         bound = self._bound(low, first, exact=exact)
         tile = product(len(self.queries), low, capability(self.queries.device))
-        slots = triton.Slots(
+        slots = gpu_launch.Slots(
             torch.zeros_like(self.length),
             torch.empty(listed.shape, dtype=torch.int32, device=listed.device),
             torch.empty(listed.shape, dtype=torch.int32, device=listed.device),
@@ -163,7 +163,7 @@ class Search:
             best = self.scores[:, -1]
             threshold = bound.thresholds(best if floor is None else best.maximum(floor))
             threshold.masked_fill_(self.overflow != 0, torch.nan)
-            triton.candidates(
+            gpu_launch.candidates(
                 bound.queries.low,
                 rows.low,
                 rows.segment,
@@ -175,7 +175,7 @@ class Search:
                 product_grid(len(self.queries), segment.count, self.multiprocessors, tile),
                 squared=self.metric == "l2",
             )
-            triton.listing(slots, segment, listed, self.length, self.overflow)
+            gpu_launch.listing(slots, segment, listed, self.length, self.overflow)
             self._score_listed(listed)
 
     def all_rows(self) -> None:
@@ -193,7 +193,7 @@ class Search:
     def _bound(self, low: torch.dtype, first: Segment, *, exact: bool) -> Bound:
         whole = Segment(0, 1, 1, 0, len(self.queries))
         queries = scaled(self.queries, whole, low)
-        _, squares, _, exponent = triton.prepare(self.bank, first, None)
+        _, squares, _, exponent = gpu_launch.prepare(self.bank, first, None)
         scale = scale_exponent(squares.sqrt() * torch.exp2(exponent.double()))
         return Bound(queries, scale, self.metric, self.bank.shape[1], exact)
 
@@ -207,11 +207,11 @@ class Search:
         new = torch.empty(listed.shape, dtype=torch.float64, device=listed.device)
         missing = len(self.bank) + self.rows.shape[1] + 1
         programs = score_programs(len(listed), listed.shape[1], self.multiprocessors)
-        triton.score(
+        gpu_launch.score(
             self.queries, self.bank, listed, self.length, new, missing, self.metric, programs
         )
         merged = torch.empty_like(self.scores), torch.empty_like(self.rows)
-        triton.merge((self.scores, self.rows), (new, listed), self.length, merged)
+        gpu_launch.merge((self.scores, self.rows), (new, listed), self.length, merged)
         self.scores, self.rows = merged
         self.candidates += self.length
 
@@ -241,8 +241,8 @@ def operand(bank: Tensor, segment: Segment, low: torch.dtype, prepared: Prepared
             return Operand(prepared.shadow, segment, norms, lost, lost)
         residuals, ones = prepared.residuals[rows].double(), (norms != 0).double()
         return Operand(prepared.shadow, segment, ones, residuals, norms.log2())
-    if bank.dtype == low and triton.fits(bank):
-        _, squares, lost, exponent = triton.prepare(bank, segment, None)
+    if bank.dtype == low and gpu_launch.fits(bank):
+        _, squares, lost, exponent = gpu_launch.prepare(bank, segment, None)
         norms = squares.sqrt() * torch.exp2(exponent.double())
         return Operand(bank, segment, norms, lost, torch.zeros_like(norms))
     return scaled(bank, segment, low)
@@ -250,7 +250,7 @@ def operand(bank: Tensor, segment: Segment, low: torch.dtype, prepared: Prepared
 
 def scaled(rows: Tensor, segment: Segment, low: torch.dtype) -> Operand:
     """A copy in low precision, scaled by powers of two."""
-    copy, squares, lost, exponent = triton.prepare(rows, segment, low)
+    copy, squares, lost, exponent = gpu_launch.prepare(rows, segment, low)
     assert copy is not None
     contiguous = Segment(0, 1, 1, 0, segment.count)
     return Operand(copy, contiguous, squares.sqrt(), lost.sqrt(), exponent.double())
