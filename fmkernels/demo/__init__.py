@@ -2,7 +2,7 @@
 
 ``python -m fmkernels demo`` trains a small network on photographs until it orders neighbours as its
 teacher does, compares one such step with the installed diffsort package, segments scenes by
-retrieval, and searches patches beside the installed faiss. It takes about two minutes.
+retrieval, and searches patches beside the installed faiss. It takes one to two minutes.
 """
 
 from __future__ import annotations
