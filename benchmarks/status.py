@@ -26,7 +26,7 @@ SORTING = {
 }
 """Limits of every op on a sorting network."""
 
-LIMITS = {"knn": {"reference": "every device", "cpp": "any size", "triton": ""}}
+LIMITS = {"knn": {"reference": "every device", "cpp": "any size", "triton": "k ≤ 2,048"}}
 """Of the others."""
 
 COMPOSED = {

@@ -9,7 +9,7 @@ import pytest
 
 from fmkernels import _library
 
-SUITES = ("tests", "sanitizer", "sort", "tune")
+SUITES = ("tests", "sanitizer", "sort", "knn", "tune")
 """``compiled`` is a peer alone, and takes as long as the others together."""
 
 

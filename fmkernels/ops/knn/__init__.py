@@ -161,7 +161,8 @@ def _scores_of(
     if metric == "inner_product":
         return products
     tiny = torch.finfo(dtype).tiny
-    return products / (queries.norm(dim=-1).clamp(min=tiny) * rows.norm(dim=-1).clamp(min=tiny))
+    norms: Tensor = queries.norm(dim=-1).clamp(min=tiny) * rows.norm(dim=-1).clamp(min=tiny)
+    return products / norms
 
 
 def _fake(queries: Tensor, bank: Tensor, k: int, *_: Any) -> tuple[Tensor, ...]:

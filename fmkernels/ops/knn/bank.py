@@ -31,6 +31,11 @@ def prepare(rows: Tensor) -> PreparedRows:
     """Make rows ready for this machine's searches: a copy in low precision where that helps."""
     from fmkernels.ops.knn import cpp, search
 
-    if rows.device.type != "cpu" or search.why_not("cpp") is not None or not has_fast_bfloat16():
+    if rows.device.type == "cuda" and search.why_not("triton") is None:
+        from fmkernels.ops.knn import gpu
+
+        return PreparedRows(rows, *gpu.shadow_of(rows))
+    if rows.device.type != "cpu" or search.why_not("cpp") is not None:
         return PreparedRows(rows)
-    return PreparedRows(rows, *cpp.shadow_of(rows, torch.bfloat16))
+    dtype = torch.bfloat16 if has_fast_bfloat16() else torch.float32
+    return PreparedRows(rows, *cpp.shadow_of(rows, dtype))

@@ -77,7 +77,7 @@ def knn(
         block = slice(first, first + TILE)
         scores, indices = found_scores[block], found_indices[block]
         for start in range(0, len(bank), TILE):
-            new = exact_scores(queries[block], bank[start : start + TILE], metric)
+            new = exact_scores(queries[block], bank[start : start + TILE], metric, k)
             if floor is not None:
                 new = new.masked_fill(~(new >= floor[block, None]), torch.nan)
             number = torch.arange(start, start + new.shape[1], device=bank.device)
@@ -97,15 +97,25 @@ def empty_result(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores, torch.full(shape, -1, dtype=torch.int64, device=device)
 
 
-def exact_scores(queries: Tensor, rows: Tensor, metric: str) -> Tensor:
-    """(Q, D), (M, D) -> (Q, M) in float64, larger is nearer."""
+def exact_scores(queries: Tensor, rows: Tensor, metric: str, k: int = LAST) -> Tensor:
+    """(Q, D), (M, D) -> (Q, M) in float64, larger is nearer; NaN for some not of the k best."""
     queries, rows = queries.double(), rows.double()
     if metric == "l2":
         # by differences: the products' form loses small distances to cancellation
         return -torch.cdist(queries, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
     if metric == "cosine":
         queries, rows = unit(queries), unit(rows)
-    return queries @ rows.mT
+    products = queries @ rows.mT
+    # a product's last bits depend on where a row stands: equal rows would not tie
+    error = queries.shape[1] * 2.0**-50 * queries.norm(dim=1, keepdim=True) * rows.norm(dim=1)
+    least = products - error
+    least = least.masked_fill(least.isnan(), -torch.inf)
+    kth = least.topk(min(k, len(rows))).values[:, -1:]
+    pairs = (~(products + error < kth)).nonzero()
+    products.fill_(torch.nan)
+    for q, r in (part.unbind(1) for part in pairs.split(TILE**2 // queries.shape[1] + 1)):
+        products[q, r] = (queries[q] * rows[r]).sum(dim=1)
+    return products
 
 
 def unit(rows: Tensor) -> Tensor:
