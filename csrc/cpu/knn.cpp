@@ -91,13 +91,20 @@ auto for_type(const Tensor& rows, const Body& body) {
   return body(0.0f);
 }
 
-bool in_half(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(
-      type == ScalarType::BFloat16 || type == ScalarType::Float,
-      "knn: products, shadow: expected bfloat16 or float32");
+Low low_type(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_contiguous(), "knn: products, shadow: expected a dense tensor");
-  return type == ScalarType::BFloat16;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Low::float32;
+    case ScalarType::BFloat16:
+      return Low::bfloat16;
+    case ScalarType::Char:
+    case ScalarType::Int:
+      return Low::int8;
+    default:
+      STD_TORCH_CHECK(false, "knn: products, shadow: expected float32, bfloat16 or int8");
+  }
+  return Low::float32;
 }
 
 constexpr int64_t rows_per_task = 64;
@@ -114,18 +121,20 @@ Tensor norms(const Tensor& rows) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> shadow(const Tensor& rows, bool half) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> shadow(const Tensor& rows, const Tensor& like) {
+  const Low type = low_type(like);
   return for_type(rows, [&](auto zero) {
     using T = decltype(zero);
     const int64_t count = rows.size(0), dim = rows.size(1);
-    Tensor cast = half ? empty<BFloat16>({count, dim}) : empty<float>({count, dim});
+    Tensor cast = torch::stable::new_empty(like, {count, dim});
     Tensor norms = empty<double>({count}), residuals = empty<float>({count});
+    Tensor scales = empty<float>({type == Low::int8 ? count : 0});
     torch::stable::parallel_for(0, count, rows_per_task, [&](int64_t first, int64_t last) {
       knn_kernels<T>().shadow(
-          data_of<const T>(rows), half, first, last, dim, cast.data_ptr(),
-          data_of<double>(norms), data_of<float>(residuals));
+          data_of<const T>(rows), type, first, last, dim, cast.data_ptr(), data_of<double>(norms),
+          data_of<float>(residuals), data_of<float>(scales));
     });
-    return std::tuple{cast, norms, residuals};
+    return std::tuple{cast, norms, residuals, scales};
   });
 }
 
@@ -139,8 +148,8 @@ struct TileBounds {
   static constexpr double smallest = 0x1p-100, largest = 0x1p120;
 
   TileBounds(
-      Metric metric, const double* norms, const float* residuals, int64_t rows, double dim,
-      double query_residual, double factor_rounding, bool rescored)
+      Metric metric, const double* norms, const float* residuals, const float* scales,
+      int64_t rows, double dim, double query_residual, double factor_rounding, bool rescored)
       : sigma(rows, 0), slack(rows, std::numeric_limits<float>::infinity()), half(rows, 0) {
     const bool unit = residuals != nullptr;
     if (metric == Metric::l2) {
@@ -163,7 +172,7 @@ struct TileBounds {
       const bool measured = norm <= highest && lost <= largest && factor <= 1 / smallest;
       if (!measured) continue;
       const double bound = factor * (of_norm * shadow_norm + of_lost * lost + flushed);
-      sigma[j] = static_cast<float>(factor);
+      sigma[j] = static_cast<float>(factor) * (scales == nullptr ? 1 : scales[j]);
       slack[j] = rescored ? static_cast<float>(1.000001 * bound + 0x1p-125) : 0;
       if (metric == Metric::l2) half[j] = static_cast<float>(0.5 * (norm / scale) * (norm / scale));
     }
@@ -207,7 +216,8 @@ Tensor rows_of(const Tensor& matrix, int64_t start, int64_t count) {
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   StableIValue stack[] = {from(a), from(torch::stable::transpose(b, 0, 1)), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  const char* name = low_type(a) == Low::int8 ? "aten::_int_mm" : "aten::mm";
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // owns what the call returned
 }
 
@@ -217,18 +227,23 @@ constexpr int64_t few_queries = 4;
 // Searches a part of the bank: multiplies the queries' units with its shadow, `tile_rows` at a time
 // into `products`, and updates what was found. The arguments are documented at KnnPart.
 void search_part(
-    const Tensor& units, const Tensor& queries, const Tensor& query_norms,
-    const Tensor& query_residuals, const Tensor& shadow, const Tensor& rows,
-    const Tensor& row_norms, std::optional<Tensor> row_residuals, int64_t first_row,
-    std::string metric, bool rescored, double factor_rounding, std::optional<Tensor> floor,
-    Tensor scores, Tensor indices, Tensor candidates, std::optional<Tensor> crowded,
-    int64_t tile_rows, int64_t capacity, Tensor products) {
+    const Tensor& units, std::optional<Tensor> unit_scales, const Tensor& queries,
+    const Tensor& query_norms, const Tensor& query_residuals, const Tensor& shadow,
+    std::optional<Tensor> shadow_scales, const Tensor& rows, const Tensor& row_norms,
+    std::optional<Tensor> row_residuals, int64_t first_row, std::string metric, bool rescored,
+    double factor_rounding, std::optional<Tensor> floor, Tensor scores, Tensor indices,
+    Tensor candidates, std::optional<Tensor> crowded, int64_t crowd, int64_t tile_rows,
+    int64_t capacity, Tensor products) {
   const int64_t row_count = rows.size(0), dim = rows.size(1), query_count = queries.size(0);
   const int64_t k = scores.size(1);
-  const bool half = in_half(products);
-  const bool few = !half && (in_half(shadow) || query_count <= few_queries);
+  const Low type = low_type(products), shadow_type = low_type(shadow);
+  const bool few =
+      type == Low::float32 && (shadow_type != Low::float32 || query_count <= few_queries);
   STD_TORCH_CHECK(
-      half == in_half(units) && units.numel() == queries.numel() && shadow.numel() == rows.numel() &&
+      low_type(units) == type && (few || shadow_type == type) &&
+          (shadow_type == Low::int8) == shadow_scales.has_value() &&
+          (type == Low::int8) == unit_scales.has_value() &&
+          units.numel() == queries.numel() && shadow.numel() == rows.numel() &&
           row_norms.numel() == row_count && queries.size(1) == dim &&
           products.numel() >= query_count * tile_rows && tile_rows % knn_bucket == 0 &&
           capacity >= k + 64,
@@ -236,8 +251,9 @@ void search_part(
   if (query_count == 0 || row_count == 0) return;
   const Metric parsed = parse_metric(metric);
   const TileBounds bounds(
-      parsed, data_of<const double>(row_norms), data_or_null<const float>(row_residuals), row_count,
-      static_cast<double>(dim), largest_finite(query_residuals), factor_rounding, rescored);
+      parsed, data_of<const double>(row_norms), data_or_null<const float>(row_residuals),
+      data_or_null<const float>(shadow_scales), row_count, static_cast<double>(dim),
+      largest_finite(query_residuals), factor_rounding, rescored);
   const std::unique_ptr<KnnCandidate[]> pools(new KnnCandidate[query_count * capacity]);
   std::vector<int64_t> counts(query_count), scored(query_count);
   std::vector<float> thresholds(query_count);
@@ -247,9 +263,10 @@ void search_part(
         parsed, rescored, dim, k, row_count, first_row, data_of<const T>(rows),
         data_of<const double>(row_norms), bounds.sigma.data(), bounds.slack.data(),
         bounds.half.data(), bounds.buckets.data(), bounds.scale, data_of<const T>(queries),
-        data_of<const double>(query_norms), data_or_null<const double>(floor),
+        data_of<const double>(query_norms), data_or_null<const float>(unit_scales),
+        data_or_null<const double>(floor),
         data_of<double>(scores), data_of<int64_t>(indices), data_of<int64_t>(candidates),
-        data_or_null<bool>(crowded), capacity, pools.get(), counts.data(), thresholds.data(),
+        data_or_null<bool>(crowded), crowd, capacity, pools.get(), counts.data(), thresholds.data(),
         scored.data()};
     const KnnKernels<T>& kernels = knn_kernels<T>();
     const size_t bytes = static_cast<size_t>(kernels.scratch_bytes(k, capacity, tile_rows));
@@ -267,12 +284,12 @@ void search_part(
         torch::stable::parallel_for(0, count, rows_per_task, [&](int64_t first, int64_t last) {
           kernels.multiply_few(
               data_of<const float>(units), query_count, rows_of(shadow, start, count).data_ptr(),
-              in_half(shadow), first, last, dim, count, data_of<float>(out));
+              shadow_type, first, last, dim, count, data_of<float>(out));
         });
       } else {
         multiply(units, rows_of(shadow, start, count), out);
       }
-      const KnnProducts tile{out.data_ptr(), half, start, count};
+      const KnnProducts tile{out.data_ptr(), type, start, count};
       for_queries([&](int64_t first, int64_t last, void* scratch) {
         kernels.collect(part, tile, first, last, scratch);
       });

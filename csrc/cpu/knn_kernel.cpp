@@ -5,6 +5,7 @@
 #include "knn_kernel.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "fmkernels/knn.h"
 #include "fmkernels/simd.h"
@@ -13,6 +14,20 @@ FMKERNELS_NAMESPACE_BEGIN
 namespace {
 
 constexpr int64_t block_bytes = int64_t{1} << 18;  // of rows that many queries share
+
+// run(zero) with a zero of the type of a shadow, or of products.
+template <class Run>
+void for_shadow(Low type, const Run& run) {
+  if (type == Low::bfloat16) return run(BFloat16{});
+  if (type == Low::int8) return run(int8_t{});
+  run(0.0f);
+}
+template <class Run>
+void for_product(Low type, const Run& run) {
+  if (type == Low::bfloat16) return run(BFloat16{});
+  if (type == Low::int8) return run(int32_t{});
+  run(0.0f);
+}
 
 // A query's score as v of fmkernels/knn.h, and back.
 struct Units {
@@ -71,7 +86,7 @@ class Query {
       : part_(part), q_(q), norm_(part.query_norms[q]), units_(part, norm_),
         best_{part.best_scores + q * part.k, part.best_indices + q * part.k},
         pool_(part.pools + q * part.capacity), count_(part.counts[q]),
-        threshold_(part.thresholds[q]) {}
+        scored_(part.scored[q]), threshold_(part.thresholds[q]) {}
 
   // Whether products tell nothing: all scores are 0, or none is a finite number.
   bool is_null() const { return norm_ == 0 && part_.metric != Metric::l2; }
@@ -80,34 +95,41 @@ class Query {
 
   bool is_full() const { return best_.indices[part_.k - 1] >= 0; }
   int64_t waiting() const { return count_; }
+  void restart() { scored_ = 0; }
   float threshold() const { return threshold_; }
   void raise(float threshold) {
     if (threshold > threshold_) threshold_ = threshold;
   }
 
   void begin() {
-    count_ = 0;
+    count_ = scored_ = 0;
     threshold_ = -INFINITY;
     raise_to_best();
     if (part_.floor != nullptr) raise(units_.threshold(part_.floor[q_]));
   }
 
-  QueryBounds bounds(bool half_products) const {
-    QueryBounds bounds{1, 0, half_products && part_.rescored ? 0x1p-8f : 0};
+  QueryBounds bounds(Low type) const {
+    QueryBounds bounds{1, 1, 0, type == Low::bfloat16 && part_.rescored ? 0x1p-8f : 0};
     if (part_.metric == Metric::l2) {
       const double largest = norm_ > part_.scale ? norm_ : part_.scale;
       bounds.alpha = static_cast<float>(norm_ / largest);
       bounds.gamma = static_cast<float>(part_.scale / largest);
     }
+    bounds.scale = bounds.alpha * (type == Low::int8 ? part_.query_scales[q_] : 1);
     return bounds;
   }
 
   // False if there are too many candidates to score: then a better product must follow.
   bool make_room(const Scratch& scratch) {
-    if (count_ < part_.capacity) return true;
+    return count_ < part_.capacity || keep_few(scratch, 3 * part_.capacity / 4);
+  }
+
+  // Raises the threshold by what is in the pool; where the ends tell too little, by the scores.
+  bool keep_few(const Scratch& scratch, int64_t few) {
     tighten(scratch);
-    if (4 * count_ <= 3 * part_.capacity) return true;
-    if (part_.crowded != nullptr) {
+    if (count_ <= few) return true;
+    scored_ += count_;
+    if (part_.crowded != nullptr && scored_ > part_.crowd) {
       part_.crowded[q_] = true;
       count_ = 0;
       return false;
@@ -115,11 +137,6 @@ class Query {
     score(0, part_.row_count);
     merge(scratch);
     return true;
-  }
-
-  // Raises the threshold once there are half as many candidates more than it needs.
-  void keep_few(const Scratch& scratch) {
-    if (count_ > 2 * part_.k + 32) tighten(scratch);
   }
 
   void add(Interval v, int64_t row) {
@@ -142,6 +159,8 @@ class Query {
     }
     return next;
   }
+
+  void score_on(int64_t end) { scored_ = score(scored_, end); }
 
   // Empties the pool, all of which is scored, into what was found.
   void merge(const Scratch& scratch) {
@@ -173,6 +192,7 @@ class Query {
 
   void store() const {
     part_.counts[q_] = count_;
+    part_.scored[q_] = scored_;
     part_.thresholds[q_] = threshold_;
   }
 
@@ -220,24 +240,29 @@ class Query {
   const Units units_;
   const KnnFound best_;
   KnnCandidate* const pool_;
-  int64_t count_;
+  int64_t count_, scored_;
   float threshold_;
 };
 
 // The least product that may reach the threshold anywhere in a bucket; 0 if that is no positive one.
-template <bool squared>
+template <bool squared, class P>
 float least_product(float threshold, KnnBucket bucket, QueryBounds query) {
   float excess = threshold - query.alpha * bucket.slack;
   if (squared) excess += (1 - 0x1p-20f) * (query.gamma * bucket.half) - 0x1p-119f;
-  const float largest = query.alpha * bucket.sigma * (1 + query.rounding);
+  const float largest = query.scale * bucket.sigma * (1 + query.rounding);
   const float least = excess / largest * (1 - 0x1p-20f);
-  return least > 0x1p-100f && least < 0x1p100f ? least : 0;
+  const float above = std::is_same_v<P, int32_t> ? 1 : 0x1p-100f;
+  return least > above && least < 0x1p30f ? least : 0;
 }
 
 // Products as numbers of the same order, where that is above 0.
 FMKERNELS_INLINE float ordered(float product) { return product; }
 FMKERNELS_INLINE int16_t ordered(BFloat16 product) { return static_cast<int16_t>(product.bits); }
+FMKERNELS_INLINE int32_t ordered(int32_t product) { return product; }
 FMKERNELS_INLINE float ordered_least(float least, const float*) { return least; }
+FMKERNELS_INLINE int32_t ordered_least(float least, const int32_t*) {
+  return static_cast<int32_t>(least);
+}
 FMKERNELS_INLINE int16_t ordered_least(float least, const BFloat16*) {
   uint32_t bits;
   __builtin_memcpy(&bits, &least, sizeof bits);
@@ -307,7 +332,7 @@ struct Look {
   // what is at least the least that may reach the threshold, if there is such a bound, is looked at.
   bool at_bucket(int64_t first, int64_t width, KnnBucket bucket) {
     const float threshold = query.threshold();
-    const float least = least_product<squared>(threshold, bucket, bounds);
+    const float least = least_product<squared, P>(threshold, bucket, bounds);
     alignas(64) uint8_t flags[knn_bucket];
     const int64_t padded = (width + flags_at_once - 1) / flags_at_once * flags_at_once;
     __builtin_memset(flags + padded - flags_at_once, 0, flags_at_once);
@@ -344,7 +369,8 @@ struct Look {
         return;
       }
     }
-    query.keep_few(scratch);
+    const int64_t k = part.k;
+    if (query.waiting() > 2 * k + 32) query.keep_few(scratch, k + k / 2 + 16);
   }
 };
 
@@ -356,7 +382,7 @@ void collect_products(
     Query<T> query(part, q);
     if (query.is_left_out() || !query.is_measured()) continue;
     const P* values = static_cast<const P*>(products.values) + q * products.count;
-    const QueryBounds bounds = query.bounds(products.half);
+    const QueryBounds bounds = query.bounds(products.type);
     Look<squared, T, P>{part, values, products.start, products.count, bounds, query, scratch}
         .everywhere();
     query.store();
@@ -377,13 +403,12 @@ void collect(
     const KnnPart<T>& part, const KnnProducts& products, int64_t first, int64_t last,
     void* memory) {
   const Scratch scratch(part.k, part.capacity, memory);
-  if (part.metric == Metric::l2) {
-    products.half ? collect_products<true, T, BFloat16>(part, products, first, last, scratch)
-                  : collect_products<true, T, float>(part, products, first, last, scratch);
-  } else {
-    products.half ? collect_products<false, T, BFloat16>(part, products, first, last, scratch)
-                  : collect_products<false, T, float>(part, products, first, last, scratch);
-  }
+  const auto run = [&](auto zero) {
+    using P = decltype(zero);
+    part.metric == Metric::l2 ? collect_products<true, T, P>(part, products, first, last, scratch)
+                              : collect_products<false, T, P>(part, products, first, last, scratch);
+  };
+  for_product(products.type, run);
 }
 
 // Scores what is left in the pools: a block of rows at a time, so that queries that share candidates
@@ -395,25 +420,23 @@ void finish(const KnnPart<T>& part, int64_t first, int64_t last, void* memory) {
     for (int64_t q = first; q < last; ++q) {
       Query<T> query(part, q);
       if (query.is_left_out()) continue;
-      run(query, q);
+      run(query);
       query.store();
     }
   };
   int64_t waiting = 0;
-  for_queries([&](Query<T>& query, int64_t q) {
+  for_queries([&](Query<T>& query) {
     query.is_measured() ? query.drop_few(scratch) : query.score_all(scratch);
-    part.scored[q] = 0;
+    query.restart();
     waiting += query.waiting();
   });
   const bool shared = waiting > 2 * part.row_count;
   const int64_t bytes = part.dim * int64_t{sizeof(T)};
   const int64_t block = shared ? 1 + block_bytes / bytes : part.row_count;
   for (int64_t end = block; end < part.row_count + block; end += block) {
-    for_queries([&](Query<T>& query, int64_t q) {
-      part.scored[q] = query.score(part.scored[q], end);
-    });
+    for_queries([&](Query<T>& query) { query.score_on(end); });
   }
-  for_queries([&](Query<T>& query, int64_t) { query.merge(scratch); });
+  for_queries([&](Query<T>& query) { query.merge(scratch); });
 }
 
 template <class T>
@@ -431,6 +454,12 @@ constexpr int floats = 4;
 using Register = Vec<float, floats>;
 
 FMKERNELS_INLINE Register load_wide(const float* memory) { return load<Register>(memory); }
+FMKERNELS_INLINE Register load_wide(const int8_t* memory) {
+  typedef int8_t Codes __attribute__((vector_size(floats)));
+  Codes codes;
+  __builtin_memcpy(&codes, memory, sizeof codes);
+  return __builtin_convertvector(codes, Native<float, floats>::Values);
+}
 FMKERNELS_INLINE Register load_wide(const BFloat16* memory) {
   typedef uint16_t Halves __attribute__((vector_size(floats * sizeof(uint16_t))));
   Halves halves;
@@ -491,38 +520,36 @@ void multiply_rows(
 }
 
 void multiply_few(
-    const float* units, int64_t queries, const void* shadow, bool half, int64_t first, int64_t last,
+    const float* units, int64_t queries, const void* shadow, Low type, int64_t first, int64_t last,
     int64_t dim, int64_t stride, float* products) {
-  if (half) {
-    multiply_rows(
-        units, queries, static_cast<const BFloat16*>(shadow), first, last, dim, stride, products);
-  } else {
-    multiply_rows(
-        units, queries, static_cast<const float*>(shadow), first, last, dim, stride, products);
-  }
+  for_shadow(type, [&](auto zero) {
+    const auto* rows = static_cast<const decltype(zero)*>(shadow);
+    multiply_rows(units, queries, rows, first, last, dim, stride, products);
+  });
 }
 
 template <class T, class P>
 void cast_rows(
     const T* rows, int64_t first, int64_t last, int64_t dim, P* shadow, double* norms,
-    float* residuals) {
+    float* residuals, float* scales) {
   for (int64_t j = first; j < last; ++j) {
     const T* row = rows + j * dim;
     norms[j] = norm(row, dim);
-    const double lost = cast_unit(row, norms[j], dim, shadow + j * dim);
+    const float scale = sizeof(P) == 1 ? scale_of_codes(row, norms[j], dim) : 1;
+    if (sizeof(P) == 1) scales[j] = scale;
+    const double lost = cast_unit(row, norms[j], scale, dim, shadow + j * dim);
     residuals[j] = __builtin_nextafterf(static_cast<float>(lost * (1 + 1e-6) + 1e-15), INFINITY);
   }
 }
 
 template <class T>
 void shadow(
-    const T* rows, bool half, int64_t first, int64_t last, int64_t dim, void* shadow,
-    double* norms, float* residuals) {
-  if (half) {
-    cast_rows(rows, first, last, dim, static_cast<BFloat16*>(shadow), norms, residuals);
-  } else {
-    cast_rows(rows, first, last, dim, static_cast<float*>(shadow), norms, residuals);
-  }
+    const T* rows, Low type, int64_t first, int64_t last, int64_t dim, void* shadow,
+    double* norms, float* residuals, float* scales) {
+  for_shadow(type, [&](auto zero) {
+    cast_rows(
+        rows, first, last, dim, static_cast<decltype(zero)*>(shadow), norms, residuals, scales);
+  });
 }
 
 template <class T>

@@ -8,6 +8,9 @@ namespace fmkernels {
 
 enum class Metric : int { cosine, inner_product, l2 };
 
+// Of a shadow, of units, or of their products: float32, bfloat16, or int8 with products in int32.
+enum class Low : int { float32, bfloat16, int8 };
+
 // Rows that are compared with a threshold together.
 constexpr int64_t knn_bucket = 256;
 struct KnnBucket {
@@ -46,24 +49,26 @@ struct KnnPart {
 
   const T* queries;                   // (queries, dim)
   const double* query_norms;          // (queries)
+  const float* query_scales;          // (queries) or null: what a product in int32 is multiplied by
   const double* floor;                // (queries) or null: what does not exceed it may be left out
   double* best_scores;                // (queries, k), larger first, then the lower index
   int64_t* best_indices;              // (queries, k), −1 where there is none
   int64_t* candidates;                // (queries), how many rows were scored in float64
-  bool* crowded;                      // (queries) or null: whose candidates are too many to score
+  bool* crowded;                      // (queries) or null: who has more than `crowd` candidates
+  int64_t crowd;
 
   // candidates that wait to be scored
   int64_t capacity;
   KnnCandidate* pools;                // (queries, capacity)
   int64_t* counts;                    // (queries)
   float* thresholds;                  // (queries)
-  int64_t* scored;                    // (queries), how many of them are
+  int64_t* scored;                    // (queries), how many of this part's have been scored
 };
 
 // The products of all queries with `count` rows of a part, from `start` on.
 struct KnnProducts {
   const void* values;  // (queries, count)
-  bool half;           // bfloat16, else float32
+  Low type;
   int64_t start, count;
 };
 
@@ -76,13 +81,13 @@ float kth_largest(float* values, int64_t n, int64_t k);
 template <class T>
 struct KnnKernels {
   void (*norms)(const T* rows, int64_t first, int64_t last, int64_t dim, double* norms);
-  // rows of norm 1 in low precision, bfloat16 if `half`
+  // rows of norm 1 in low precision; those in int8 are to be multiplied by their scales
   void (*shadow)(
-      const T* rows, bool half, int64_t first, int64_t last, int64_t dim, void* shadow,
-      double* norms, float* residuals);
+      const T* rows, Low type, int64_t first, int64_t last, int64_t dim, void* shadow,
+      double* norms, float* residuals, float* scales);
   // products (queries, stride) of units in float32 with rows [first, last) of a shadow
   void (*multiply_few)(
-      const float* units, int64_t queries, const void* shadow, bool half, int64_t first,
+      const float* units, int64_t queries, const void* shadow, Low type, int64_t first,
       int64_t last, int64_t dim, int64_t stride, float* products);
   int64_t (*scratch_bytes)(int64_t k, int64_t capacity, int64_t count);
   // for queries [first, last): before, for, and after the products with a part

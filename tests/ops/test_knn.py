@@ -12,27 +12,39 @@ from neighbors import HARD, check_exact, problem
 import fmkernels
 from fmkernels import _library, testing
 from fmkernels.ops.knn import config, cpp, reference, search
-from fmkernels.ops.knn.config import CpuPlan
+from fmkernels.ops.knn.config import CpuPlan, Level
 
 METRICS = reference.METRICS
 every_metric = pytest.mark.parametrize("metric", METRICS)
 needs_kernel = pytest.mark.skipif(_library.native is None, reason="needs the extension")
 
-BF16 = torch.bfloat16
-SMALL_TILES = CpuPlan(BF16, BF16, queries=7, chunk=5, rows=37, tile=256, capacity=200)
+INT8, BF16, F32 = (Level(x, x) for x in (torch.int8, torch.bfloat16, torch.float32))
+SMALL_TILES = CpuPlan((INT8, BF16, F32), 7, chunk=5, rows=37, tile=256, capacity=200, crowd=10**9)
 PLANS = {
-    "bfloat16": SMALL_TILES,
-    "float32": SMALL_TILES._replace(dtype=torch.float32, product=torch.float32),
-    "few queries": SMALL_TILES._replace(product=torch.float32, chunk=3),
-    "one part": CpuPlan(BF16, BF16, queries=100, chunk=100, rows=2048, tile=512, capacity=150),
+    "int8": SMALL_TILES,
+    "bfloat16": SMALL_TILES._replace(levels=(BF16, F32)),
+    "float32": SMALL_TILES._replace(levels=(F32,)),
+    "few queries": SMALL_TILES._replace(levels=(Level(torch.bfloat16, torch.float32), F32), chunk=3),
+    "few queries, int8": SMALL_TILES._replace(levels=(Level(torch.int8, torch.float32), F32), chunk=3),
+    "one part": CpuPlan((INT8, BF16, F32), 100, 100, rows=2048, tile=512, capacity=150, crowd=16),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+
+
+def always(plan):
+    """The plan for any problem; without int8 where the rows are too short for it."""
+
+    def cpu_plan(queries, dim, *_):
+        levels = plan.levels if dim in config.INT8_DIMS else (plan.levels[-1],)
+        return plan._replace(levels=levels)
+
+    return cpu_plan
 
 
 @pytest.fixture
 def use(monkeypatch):
     def use(plan):
-        monkeypatch.setattr(cpp, "cpu_plan", lambda *shape: plan)
+        monkeypatch.setattr(cpp, "cpu_plan", always(plan))
 
     return use
 
@@ -74,7 +86,7 @@ def test_hard_banks(use, plan, metric, kind):
 def test_any_bank(kind, metric, plan, queries, rows, dim, k, dtype, seed):
     q, b = problem(kind, seed, queries, rows, dim, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpp, "cpu_plan", lambda *shape: plan)
+        patch.setattr(cpp, "cpu_plan", always(plan))
         check_exact(q, b, k, metric, *fmkernels.knn(q, b, k, metric=metric))
 
 
@@ -255,15 +267,17 @@ def test_info(use, metric):
         _, _, info = fmkernels.knn(q, torch.randn(90, 24), 5, metric=metric, return_info=True)
         assert info.path == "reference"
         return
-    use(PLANS["one part"])
+    use(PLANS["one part"]._replace(levels=(BF16, F32)))
     _, _, info = fmkernels.knn(q, torch.randn(900, 24), 5, metric=metric, return_info=True)
     assert info.path == "bfloat16"
     assert info.fallbacks == 0
     assert info.candidates.shape == info.paths.shape == (2, 3)
     assert 5 <= info.candidates.min() <= info.candidates.max() < 200  # far from all
-    _, _, info = fmkernels.knn(q, torch.ones(900, 24), 5, metric=metric, return_info=True)
-    assert info.fallbacks == 6  # rows that nothing separates
-    assert (info.paths == reference.FELL_BACK).all()
+    for plan in (PLANS["one part"], PLANS["one part"]._replace(levels=(BF16, F32))):
+        use(plan)
+        _, _, info = fmkernels.knn(q, torch.ones(900, 24), 5, metric=metric, return_info=True)
+        assert info.fallbacks == 6  # rows that nothing separates
+        assert (info.paths == reference.FELL_BACK).all()
 
 
 @needs_kernel
@@ -364,22 +378,30 @@ def test_large_k_and_wide_rows():
     check_exact(q, b, 2500, "cosine", *fmkernels.knn(q, b, 2500))
 
 
-@pytest.mark.parametrize("prepared", [None, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("prepared", [None, torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fast", [(), ("int8",), ("bfloat16",), ("int8", "bfloat16")], ids=str)
 def test_plans(monkeypatch, fast, prepared):
-    monkeypatch.setattr(config, "has_fast_bfloat16", lambda: fast)
+    for name in ("int8", "bfloat16"):
+        monkeypatch.setattr(config, f"has_fast_{name}", lambda name=name: name in fast)
     for queries in (0, 1, 4, 5, 16, 2048, 10**6):
-        for dim in (1, 384, 10**5):
-            for k in (1, 30, 2048):
-                plan = config.cpu_plan(queries, dim, k, torch.float32, prepared)
+        for dim in (1, 384, 10**6):
+            for rows, k in ((0, 1), (10**5, 1), (10**5, 1024), (2**40, 2048)):
+                plan = config.cpu_plan(queries, dim, rows, k, torch.float32, prepared)
                 assert plan.chunk * plan.tile <= config.PRODUCTS
                 assert plan.rows % plan.tile == plan.tile % config.BUCKET == 0
                 assert 1 <= plan.chunk <= plan.queries
                 assert plan.capacity >= k + 64
-                assert fast or plan.dtype == torch.float32
-                many = fast and (queries >= config.WORTH_A_CAST or prepared == torch.bfloat16)
-                assert (plan.dtype == torch.bfloat16) == many
-                assert (plan.product == plan.dtype) or queries <= config.FEW_QUERIES
+                assert plan.levels[-1] == F32  # which takes whatever the others leave
+                if queries <= config.FEW_QUERIES:
+                    assert all(level.product == torch.float32 for level in plan.levels)
+                    continue
+                products = [level.product for level in plan.levels]
+                assert products == [level.shadow for level in plan.levels]
+                cast = queries >= config.WORTH_A_CAST
+                assert (torch.bfloat16 in products) == (
+                    "bfloat16" in fast and (cast or prepared == torch.bfloat16)
+                )
+                assert torch.int8 not in products or ("int8" in fast and dim == 384)
 
 
 @pytest.mark.parametrize(

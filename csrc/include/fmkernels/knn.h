@@ -5,6 +5,7 @@
 // one order, so that a sum depends neither on the instruction set nor on the tile.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "fmkernels/config.h"
@@ -105,12 +106,31 @@ FMKERNELS_INLINE void narrow(float value, BFloat16& narrowed) {
 }
 FMKERNELS_INLINE void narrow(float value, float& narrowed) { narrowed = value; }
 
-// Writes a row, scaled to norm 1, in low precision; returns the norm of what that lacks.
+FMKERNELS_INLINE float widen(int8_t value) { return static_cast<float>(value); }
+FMKERNELS_INLINE float widen(int32_t value) { return static_cast<float>(value); }
+FMKERNELS_INLINE void narrow(float value, int8_t& narrowed) {
+  const float least = value > -127 ? value : -127;  // also of a NaN, which has no integer
+  narrowed = static_cast<int8_t>(__builtin_rintf(least < 127 ? least : 127));
+}
+
+// What a row of norm 1 is divided by to be written as integers from −127 to 127.
+template <class T>
+FMKERNELS_INLINE float scale_of_codes(const T* row, double norm, int64_t n) {
+  double largest = 0;
+  for (int64_t d = 0; d < n; ++d) {
+    const double size = __builtin_fabs(double(row[d]));
+    largest = size > largest ? size : largest;
+  }
+  const bool usable = largest > 0 && largest < INFINITY && norm < INFINITY;
+  return usable ? static_cast<float>(largest / norm / 127) * (1 + 0x1p-20f) : 1;
+}
+
+// Writes a row, scaled to norm 1, in low precision, in units of `scale`; returns the norm of what that lacks.
 template <class T, class P>
-FMKERNELS_INLINE double cast_unit(const T* row, double norm, int64_t n, P* shadow) {
-  const double scale = towards_one(norm), factor = norm > 0 ? 1 / (norm * scale) : 1;
-  return __builtin_sqrt(sum_in_lanes(n, [=](int64_t d) {
-    const double value = double(row[d]) * scale * factor;
+FMKERNELS_INLINE double cast_unit(const T* row, double norm, float scale, int64_t n, P* shadow) {
+  const double near = towards_one(norm), factor = norm > 0 ? 1 / (norm * near) / scale : 1;
+  return scale * __builtin_sqrt(sum_in_lanes(n, [=](int64_t d) {
+    const double value = double(row[d]) * near * factor;
     narrow(static_cast<float>(value), shadow[d]);
     const double lost = value - double(widen(shadow[d]));
     return lost * lost;
@@ -118,21 +138,21 @@ FMKERNELS_INLINE double cast_unit(const T* row, double norm, int64_t n, P* shado
 }
 
 // The interval that a row's score is in: with a product s of the shadows,
-//   v = alpha sigma s − gamma half,   |exact − v| <= alpha slack + rounding |alpha sigma s| + …
+//   v = scale sigma s − gamma half,   |exact − v| <= alpha slack + rounding |scale sigma s| + …
 // gamma and half are there for squared distances only, and so is what a product may lose that is too
 // small for a float32.
 struct RowBounds {
   const float *sigma, *slack, *half;  // (rows)
 };
 struct QueryBounds {
-  float alpha, gamma, rounding;
+  float alpha, scale, gamma, rounding;
 };
 struct Interval {
   float middle, reach;
 };
 template <bool squared, class P>
 FMKERNELS_INLINE Interval interval(P product, RowBounds row, int64_t j, QueryBounds query) {
-  const float main = query.alpha * (widen(product) * row.sigma[j]);
+  const float main = query.scale * (widen(product) * row.sigma[j]);
   const float reach = query.alpha * row.slack[j] + query.rounding * __builtin_fabsf(main);
   if (!squared) return {main, reach};
   const float half = query.gamma * row.half[j];

@@ -14,7 +14,7 @@ from fmkernels.ops.knn.gpu_config import limits
 from fmkernels.ops.knn.reference import METRICS
 
 PRECISIONS = ("exact", "fast")
-PATHS = ("reference", "bfloat16", "float32", "bfloat16, then float32")
+PATHS = ("reference", "int8", "bfloat16", "float32", "a better one")
 
 
 class KNNInfo(NamedTuple):
@@ -176,7 +176,8 @@ def _fake(queries: Tensor, bank: Tensor, k: int, *_: Any) -> tuple[Tensor, ...]:
 search = Op(
     "knn",
     '(Tensor queries, Tensor bank, int k, str metric="cosine", str precision="exact",'
-    " Tensor? floor=None, Tensor? shadow=None, Tensor? norms=None, Tensor? residuals=None)"
+    " Tensor? floor=None, Tensor? shadow=None, Tensor? norms=None, Tensor? residuals=None,"
+    " Tensor? scales=None)"
     " -> (Tensor scores, Tensor indices, Tensor candidates, Tensor paths)",
     reference=reference.knn,
     fake=_fake,

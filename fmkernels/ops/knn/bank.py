@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from fmkernels.ops.knn.config import has_fast_bfloat16
+from fmkernels.ops.knn.config import lowest_dtype
 
 
 class PreparedRows(NamedTuple):
@@ -25,6 +24,8 @@ class PreparedRows(NamedTuple):
     """(M,), float64"""
     residuals: Tensor | None = None
     """(M,), float32: the norm of what the shadow lacks; None if it is the rows as they are."""
+    scales: Tensor | None = None
+    """(M,), float32: what a shadow in int8 is multiplied by."""
 
 
 def prepare(rows: Tensor) -> PreparedRows:
@@ -37,5 +38,4 @@ def prepare(rows: Tensor) -> PreparedRows:
         return PreparedRows(rows, *gpu.shadow_of(rows))
     if rows.device.type != "cpu" or search.why_not("cpp") is not None:
         return PreparedRows(rows)
-    dtype = torch.bfloat16 if has_fast_bfloat16() else torch.float32
-    return PreparedRows(rows, *cpp.shadow_of(rows, dtype))
+    return PreparedRows(rows, *cpp.shadow_of(rows, lowest_dtype(rows.shape[1])))

@@ -18,60 +18,103 @@ PREPARED_ROWS = 2**18
 FEW_QUERIES = 4
 """For which the kernel has products of its own, of float32 with bfloat16 or float32."""
 WORTH_A_CAST = 64
-"""Queries from which on a product in bfloat16 is faster although the bank has to be cast."""
+"""Queries from which on a product in low precision is faster although the bank has to be cast."""
+ROWS_PER_NEIGHBOR = 1500
+"""From which on it pays that int8 takes half the time of bfloat16, although it leaves more
+candidates: their number grows with k, the product with the rows."""
+INT8_DIMS = range(16, 2**17)
+"""int32 holds the sum of as many products; and of rows of one number torch._int_mm is wrong."""
+
+
+class Level(NamedTuple):
+    """A product that tells candidates from the rest."""
+
+    shadow: torch.dtype
+    """Of the bank: int8, bfloat16 or float32."""
+    product: torch.dtype
+    """Of the queries; the same, or float32 where the kernel multiplies a few queries itself."""
 
 
 class CpuPlan(NamedTuple):
     """How a search goes over its queries and rows."""
 
-    dtype: torch.dtype
-    """Of the shadow of the bank: bfloat16, or float32."""
-    product: torch.dtype
-    """Of the queries that it is multiplied with, and of what the product returns."""
+    levels: tuple[Level, ...]
+    """The first product, and what follows for queries that it leaves too many candidates."""
     queries: int
     """For which the bank is gone through once."""
     chunk: int
     """Queries whose products and candidates are in memory at a time."""
     rows: int
-    """Of a part of the bank, whose candidates are scored together."""
+    """Of a part of the bank, whose last candidates are scored together."""
     tile: int
     """Rows whose products are in memory at a time."""
     capacity: int
-    """Candidates that a query may have in a part before it needs a better product."""
+    """Candidates of a query in memory at a time."""
+    crowd: int
+    """A query should have fewer candidates than one in so many rows: to score a row in float64 takes
+    that many times as long as a product in float32."""
 
 
 def cpu_plan(
-    queries: int, dim: int, k: int, bank_dtype: torch.dtype, prepared: torch.dtype | None
+    queries: int, dim: int, rows: int, k: int, bank: torch.dtype, prepared: torch.dtype | None
 ) -> CpuPlan:
-    """The plan of a search by ``queries`` of ``dim`` numbers.
+    """The plan of a search by ``queries`` of ``dim`` numbers in ``rows`` rows.
 
     Args:
         queries: how many.
         dim: of a query, and of a row.
+        rows: how many.
         k: neighbours.
-        bank_dtype: of the rows as they are.
+        bank: the dtype of the rows as they are.
         prepared: the dtype of their shadow, if they have one.
     """
-    at_hand = torch.bfloat16 in (bank_dtype, prepared)
-    dtype = torch.float32
-    if has_fast_bfloat16() and (at_hand or queries >= WORTH_A_CAST):
-        dtype = torch.bfloat16
     chunk = min(max(queries, 1), 1024)
-    few = chunk <= FEW_QUERIES
     tile = _in_buckets(PRODUCTS // chunk, 1, 64)
-    is_cast = dtype not in (bank_dtype, prepared)
+    levels = _few_levels(bank, prepared) if chunk <= FEW_QUERIES else ()
+    levels = levels or _levels(queries, dim, rows, k, bank, prepared)
+    is_cast = levels[0].shadow not in (bank, prepared)
     part = _in_buckets(PART_NUMBERS // max(dim, 1) if is_cast else PREPARED_ROWS, 1, 1024)
-    part = max(part // tile, 1) * tile
-    return CpuPlan(
-        dtype, torch.float32 if few else dtype, 16384, chunk, part, tile, 3 * k + 256
-    )
+    return CpuPlan(levels, 16384, chunk, max(part // tile, 1) * tile, tile, 3 * k + 256, 16)
+
+
+def _few_levels(bank: torch.dtype, prepared: torch.dtype | None) -> tuple[Level, ...]:
+    """The kernel reads what there is: the shorter its numbers are, the faster."""
+    at_hand = [low for low in (torch.int8, torch.bfloat16) if low in (bank, prepared)]
+    last = Level(torch.float32, torch.float32)
+    return tuple(Level(low, torch.float32) for low in at_hand[:1]) + (last,)
+
+
+def _levels(
+    queries: int, dim: int, rows: int, k: int, bank: torch.dtype, prepared: torch.dtype | None
+) -> tuple[Level, ...]:
+    worth = queries >= WORTH_A_CAST
+    levels = []
+    if has_fast_int8() and dim in INT8_DIMS and (worth or prepared == torch.int8):
+        if rows >= ROWS_PER_NEIGHBOR * k or not worth:
+            levels.append(torch.int8)
+    if has_fast_bfloat16() and (worth or torch.bfloat16 in (bank, prepared)):
+        levels.append(torch.bfloat16)
+    return tuple(Level(low, low) for low in (*levels, torch.float32))
 
 
 def _in_buckets(rows: int, fewest: int, most: int) -> int:
     return BUCKET * min(max(rows // BUCKET, fewest), most)
 
 
+def lowest_dtype(dim: int) -> torch.dtype:
+    """What a bank of rows of ``dim`` numbers is cast to that is searched again and again."""
+    if has_fast_int8() and dim in INT8_DIMS:
+        return torch.int8
+    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
+
+
 @functools.cache
 def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware: AVX512-BF16 or AMX."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def has_fast_int8() -> bool:
+    """Whether this CPU multiplies int8 in hardware, and exactly: AVX512-VNNI or AMX."""
+    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()

@@ -22,17 +22,19 @@ from fmkernels.ops.knn.config import CpuPlan, cpu_plan
 
 _norms = native_function("knn_norms", "(Tensor rows) -> Tensor")
 _shadow = native_function(
-    "knn_shadow", "(Tensor rows, bool half) -> (Tensor, Tensor, Tensor)"
+    "knn_shadow", "(Tensor rows, Tensor like) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _search_part = native_function(
     "knn_search_part",
-    "(Tensor units, Tensor queries, Tensor query_norms, Tensor query_residuals, Tensor shadow,"
-    " Tensor rows, Tensor row_norms, Tensor? row_residuals, int first_row, str metric,"
-    " bool rescored, float factor_rounding, Tensor? floor, Tensor(a!) scores, Tensor(b!) indices,"
-    " Tensor(c!) candidates, Tensor(d!)? crowded, int tile_rows, int capacity,"
-    " Tensor(e!) products) -> ()",
+    "(Tensor units, Tensor? unit_scales, Tensor queries, Tensor query_norms,"
+    " Tensor query_residuals, Tensor shadow, Tensor? shadow_scales, Tensor rows, Tensor row_norms,"
+    " Tensor? row_residuals, int first_row, str metric, bool rescored, float factor_rounding,"
+    " Tensor? floor, Tensor(a!) scores, Tensor(b!) indices, Tensor(c!) candidates,"
+    " Tensor(d!)? crowded, int crowd, int tile_rows, int capacity, Tensor(e!) products) -> ()",
 )
 
+MANY = 1 / 4
+"""Of the queries of a chunk have too many candidates: a better product from the start is cheaper."""
 ROUNDED_FACTOR = 2.0**-8
 """Of float32 factors that a product may take as bfloat16; each loses half of that at most."""
 
@@ -46,19 +48,21 @@ class Shadow(NamedTuple):
     """(M,), float64, of the rows that it is a shadow of."""
     residuals: Tensor | None
     """(M,), float32: what the rows of norm 1 lack, as a norm; None for rows as they are."""
+    scales: Tensor | None
+    """(M,), float32: what rows in int8 are multiplied by; None for the others."""
 
     def part(self, part: slice) -> Shadow:
         """Of some of the rows."""
-        residuals = None if self.residuals is None else self.residuals[part]
-        return Shadow(self.rows[part], self.norms[part], residuals)
+        return Shadow(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
 
 def shadow_of(rows: Tensor, dtype: torch.dtype, unit: bool = False) -> Shadow:
     """Rows for a product in a dtype; at norm 1 even if they have it, where ``unit`` asks for that."""
     wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32).contiguous()
     if rows.dtype == dtype and not unit:
-        return Shadow(rows.contiguous(), _norms(wide), None)
-    return Shadow(*_shadow(wide, dtype == torch.bfloat16))
+        return Shadow(rows.contiguous(), _norms(wide), None, None)
+    shadow, norms, residuals, scales = _shadow(wide, torch.empty(0, dtype=dtype))
+    return Shadow(shadow, norms, residuals, scales if dtype == torch.int8 else None)
 
 
 def knn(
@@ -71,31 +75,43 @@ def knn(
     shadow: Tensor | None = None,
     norms: Tensor | None = None,
     residuals: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op on CPU tensors; see ``fmkernels.ops.knn`` for the arguments and what is returned."""
     made = None if shadow is None else shadow.dtype
-    plan = cpu_plan(len(queries), queries.shape[1], k, bank.dtype, made)
+    plan = cpu_plan(len(queries), queries.shape[1], len(bank), k, bank.dtype, made)
     prepared = None
-    if shadow is not None and norms is not None and shadow.dtype == plan.dtype:
-        prepared = Shadow(shadow, norms, residuals)
+    if shadow is not None and norms is not None:
+        prepared = Shadow(shadow, norms, residuals, scales)
     wide = torch.float64 in (queries.dtype, bank.dtype)
     queries = queries.to(torch.float64 if wide else torch.float32).contiguous()
     search = _Search(queries, k, metric, precision, floor, plan)
     for block in _slices(len(queries), plan.queries):
-        units = shadow_of(queries[block], plan.product, unit=True)
+        units = _Shadows(queries[block], None)
         for part in _slices(len(bank), plan.rows):
-            rows = bank[part]
-            parts_shadow = prepared.part(part) if prepared else shadow_of(rows, plan.dtype)
-            rows = rows.to(queries.dtype).contiguous()
-            for chunk in _slices(len(units.rows), plan.chunk):
-                chosen = slice(block.start + chunk.start, block.start + chunk.stop)
-                search.part(chosen, units.part(chunk), rows, part.start, parts_shadow)
+            shadows = _Shadows(bank[part], prepared.part(part) if prepared else None)
+            rows = bank[part].to(queries.dtype).contiguous()
+            for chunk in _slices(block.stop - block.start, plan.chunk):
+                search.part(block.start, chunk, units, rows, part.start, shadows)
     return *search.found, search.candidates, search.paths
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+class _Shadows:
+    """Of the same rows, in one dtype after the other, made when they are asked for."""
+
+    def __init__(self, rows: Tensor, prepared: Shadow | None) -> None:
+        self.rows = rows
+        self.made = {} if prepared is None else {prepared.rows.dtype: prepared}
+
+    def of(self, dtype: torch.dtype, unit: bool = False) -> Shadow:
+        if dtype not in self.made:
+            self.made[dtype] = shadow_of(self.rows, dtype, unit)
+        return self.made[dtype]
 
 
 class _Search:
@@ -112,51 +128,74 @@ class _Search:
     ) -> None:
         self.queries, self.metric, self.floor, self.plan = queries, metric, floor, plan
         self.rescored = precision == "exact"
+        self.level = 0
         self.found = reference.empty_result(queries, k)
         self.candidates = torch.zeros(len(queries), dtype=torch.int64)
-        path = reference.BFLOAT16 if plan.dtype == torch.bfloat16 else reference.FLOAT32
-        self.paths = torch.full((len(queries),), path)
-        self.products = torch.empty(plan.chunk * plan.tile, dtype=plan.product)
+        self.paths = torch.full((len(queries),), reference.PATH_OF[plan.levels[0].shadow])
+        self.products: dict[torch.dtype, Tensor] = {}
 
     def part(
-        self, chosen: slice, units: Shadow, rows: Tensor, first_row: int, shadow: Shadow
+        self,
+        block: int,
+        chunk: slice,
+        units: _Shadows,
+        rows: Tensor,
+        first_row: int,
+        shadows: _Shadows,
     ) -> None:
-        """Search a part of the bank for some of the queries."""
-        if not (self.rescored and self.plan.dtype == torch.bfloat16):
-            return self._run(chosen, units, rows, first_row, shadow, None)
-        crowded = torch.zeros(len(units.rows), dtype=torch.bool)
-        self._run(chosen, units, rows, first_row, shadow, crowded)
-        if crowded.any():
-            self._again(chosen.start + crowded.nonzero().flatten(), rows, first_row)
-        return None
+        """Search a part of the bank for a chunk of a block of queries.
 
-    def _again(self, chosen: Tensor, rows: Tensor, first_row: int) -> None:
-        """The queries that have too many candidates, by a product in float32."""
-        self.paths[chosen] = reference.FELL_BACK
-        units = shadow_of(self.queries[chosen], torch.float32, unit=True)
-        self._run(chosen, units, rows, first_row, shadow_of(rows, torch.float32), None)
+        Those with too many candidates are searched for again, with a better product; where they are
+        many, that is what the next ones begin with.
+        """
+        chosen: slice | Tensor = chunk
+        level, total = self.level, chunk.stop - chunk.start
+        last = len(self.plan.levels) - 1 if self.rescored else level
+        while True:
+            crowded = torch.zeros(total, dtype=torch.bool) if level < last else None
+            self._run(block, chosen, units, rows, first_row, shadows, level, crowded)
+            if crowded is None or not crowded.any():
+                return
+            if crowded.sum() > total * MANY:
+                self.level = max(self.level, level + 1)
+            again = crowded.nonzero().flatten()
+            chosen = again + chunk.start if isinstance(chosen, slice) else chosen[again]
+            self.paths[chosen + block] = reference.FELL_BACK
+            level, total = level + 1, len(again)
 
     def _run(
         self,
+        block: int,
         chosen: slice | Tensor,
-        units: Shadow,
+        units: _Shadows,
         rows: Tensor,
         first_row: int,
-        shadow: Shadow,
+        shadows: _Shadows,
+        level: int,
         crowded: Tensor | None,
     ) -> None:
-        products = self.products
-        if products.dtype != units.rows.dtype:
-            products = torch.empty(len(units.rows) * self.plan.tile, dtype=units.rows.dtype)
-        rounded = products.dtype == torch.float32 and product_dtype(products) != products.dtype
+        dtype, product = self.plan.levels[level]
+        if product not in self.products:
+            result = torch.int32 if product == torch.int8 else product
+            self.products[product] = torch.empty(self.plan.chunk * self.plan.tile, dtype=result)
+        unit, shadow = units.of(product, unit=True), shadows.of(dtype)
+        rounded = torch.float32 == product != product_dtype(self.products[product])
+        if isinstance(chosen, slice):
+            unit = unit.part(chosen)
+            among_all: slice | Tensor = slice(block + chosen.start, block + chosen.stop)
+        else:
+            unit = Shadow(*(None if x is None else x[chosen] for x in unit))  # type: ignore[arg-type]
+            among_all = block + chosen
         state = (*self.found, self.candidates)
-        found = [x[chosen] for x in state]
+        found = [x[among_all] for x in state]
         _search_part(
-            units.rows,
-            self.queries[chosen],
-            units.norms,
-            units.residuals,
+            unit.rows,
+            unit.scales,
+            self.queries[among_all],
+            unit.norms,
+            unit.residuals,
             shadow.rows,
+            shadow.scales,
             rows,
             shadow.norms,
             shadow.residuals,
@@ -164,13 +203,14 @@ class _Search:
             self.metric,
             self.rescored,
             ROUNDED_FACTOR if rounded else 0.0,
-            None if self.floor is None else self.floor[chosen].contiguous(),
+            None if self.floor is None else self.floor[among_all].contiguous(),
             *found,
             crowded,
+            len(rows) // self.plan.crowd + 4 * self.found[0].shape[1] + 256,
             self.plan.tile,
             self.plan.capacity,
-            products,
+            self.products[product],
         )
         if isinstance(chosen, Tensor):  # which took copies
             for whole, part in zip(state, found, strict=True):
-                whole[chosen] = part
+                whole[among_all] = part

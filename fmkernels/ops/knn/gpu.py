@@ -60,6 +60,7 @@ def knn(
     shadow: Tensor | None = None,
     norms: Tensor | None = None,
     residuals: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Search; see ``fmkernels.ops.knn`` for the arguments and what is returned.
 

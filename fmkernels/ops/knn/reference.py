@@ -56,8 +56,9 @@ TILE = 1024
 """Rows and queries whose scores are in memory at a time."""
 LAST = torch.iinfo(torch.int64).max
 
-REFERENCE, BFLOAT16, FLOAT32, FELL_BACK = range(4)
-"""What a query's candidates were found with: nothing, one product, or bfloat16 and then float32."""
+REFERENCE, INT8, BFLOAT16, FLOAT32, FELL_BACK = range(5)
+"""What a query's candidates were found with: nothing, a product, or one and then a better one."""
+PATH_OF = {torch.int8: INT8, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
 
 def knn(
@@ -70,6 +71,7 @@ def knn(
     shadow: Tensor | None = None,
     norms: Tensor | None = None,
     residuals: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All scores in float64; see ``fmkernels.ops.knn`` for the arguments and what is returned."""
     found_scores, found_indices = empty_result(queries, k)
