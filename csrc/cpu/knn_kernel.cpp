@@ -31,10 +31,10 @@ void for_product(Low type, const Run& run) {
 
 // A query's score as v of fmkernels/knn.h, and back.
 struct Units {
-  double factor = 1, addend = 0;
+  double factor = 1, addend = 0, rounding;
 
   template <class T>
-  Units(const KnnPart<T>& part, double norm) {
+  Units(const KnnPart<T>& part, double norm) : rounding((part.dim + 8) * 0x1p-50) {
     if (part.metric == Metric::inner_product && norm > 0) factor = 1 / norm;
     if (part.metric == Metric::l2) {
       factor = 0.5 / (part.scale * (norm > part.scale ? norm : part.scale));
@@ -42,12 +42,16 @@ struct Units {
     }
   }
 
-  double score(double value) const { return (value - addend) / factor; }
+  // No squared distance is negative.
+  double score(double value) const {
+    const double score = (value - addend) / factor;
+    return addend > 0 && score > 0 ? 0 : score;
+  }
 
   // A float32 that the score's v is not below.
   float below(double score) const {
     const double value = score * factor + addend;
-    const double lowered = value - 1e-14 * (__builtin_fabs(score * factor) + addend);
+    const double lowered = value - rounding * (__builtin_fabs(score * factor) + addend);
     const float rounded = static_cast<float>(lowered);
     return rounded > lowered ? __builtin_nextafterf(rounded, -INFINITY) : rounded;
   }
@@ -104,16 +108,20 @@ class Query {
   void begin() {
     count_ = scored_ = 0;
     threshold_ = -INFINITY;
+    forget_this_part();
     raise_to_best();
     if (part_.floor != nullptr) raise(units_.threshold(part_.floor[q_]));
   }
 
   QueryBounds bounds(Low type) const {
-    QueryBounds bounds{1, 1, 0, type == Low::bfloat16 && part_.rescored ? 0x1p-8f : 0};
+    QueryBounds bounds{1, 1, 0, type == Low::bfloat16 && part_.rescored ? 0x1p-8f : 0, 0};
     if (part_.metric == Metric::l2) {
       const double largest = norm_ > part_.scale ? norm_ : part_.scale;
       bounds.alpha = static_cast<float>(norm_ / largest);
       bounds.gamma = static_cast<float>(part_.scale / largest);
+      // float64 rounds the sum of squares of which the score is made, too
+      const double squares = norm_ * norm_ + part_.scale * part_.scale;
+      bounds.lost = static_cast<float>(units_.rounding * units_.factor * squares) + 0x1p-120f;
     }
     bounds.scale = bounds.alpha * (type == Low::int8 ? part_.query_scales[q_] : 1);
     return bounds;
@@ -154,8 +162,9 @@ class Query {
   int64_t score(int64_t next, int64_t end) const {
     for (; next < count_ && pool_[next].row < end; ++next) {
       if (next + 2 < count_) prefetch(pool_[next + 2].row);
-      pool_[next].score = part_.rescored ? exact_score(pool_[next].row)
-                                         : units_.score(pool_[next].upper);
+      const double middle = 0.5 * (double(pool_[next].lower) + double(pool_[next].upper));
+      const bool exactly = part_.rescored || !(__builtin_fabs(middle) < INFINITY);
+      pool_[next].score = exactly ? exact_score(pool_[next].row) : units_.score(middle);
     }
     return next;
   }
@@ -184,8 +193,10 @@ class Query {
     if (norm_ != norm_) return;  // and so are the scores
     for (int64_t row = 0; row < part_.row_count;) {
       if (is_null() && is_full() && best_.scores[part_.k - 1] >= 0) return;
-      for (; count_ < part_.capacity && row < part_.row_count; ++row) pool_[count_++].row = row;
-      score(0, part_.row_count);
+      for (; count_ < part_.capacity && row < part_.row_count; ++row, ++count_) {
+        pool_[count_].row = row;
+        pool_[count_].score = exact_score(row);
+      }
       merge(scratch);
     }
   }
@@ -197,6 +208,20 @@ class Query {
   }
 
  private:
+  // What a product that left too many candidates has found already is found again.
+  void forget_this_part() {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < part_.k && best_.indices[i] >= 0; ++i) {
+      if (best_.indices[i] >= part_.first_row) continue;
+      best_.scores[kept] = best_.scores[i];
+      best_.indices[kept++] = best_.indices[i];
+    }
+    for (; kept < part_.k && best_.indices[kept] >= 0; ++kept) {
+      best_.scores[kept] = -INFINITY;
+      best_.indices[kept] = -1;
+    }
+  }
+
   void raise_to_best() {
     if (is_full()) raise(units_.threshold(best_.scores[part_.k - 1]));
   }
@@ -248,7 +273,7 @@ class Query {
 template <bool squared, class P>
 float least_product(float threshold, KnnBucket bucket, QueryBounds query) {
   float excess = threshold - query.alpha * bucket.slack;
-  if (squared) excess += (1 - 0x1p-20f) * (query.gamma * bucket.half) - 0x1p-119f;
+  if (squared) excess += (1 - 0x1p-20f) * (query.gamma * bucket.half) - 2 * query.lost;
   const float largest = query.scale * bucket.sigma * (1 + query.rounding);
   const float least = excess / largest * (1 - 0x1p-20f);
   const float above = std::is_same_v<P, int32_t> ? 1 : 0x1p-100f;

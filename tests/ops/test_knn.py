@@ -24,8 +24,12 @@ PLANS = {
     "int8": SMALL_TILES,
     "bfloat16": SMALL_TILES._replace(levels=(BF16, F32)),
     "float32": SMALL_TILES._replace(levels=(F32,)),
-    "few queries": SMALL_TILES._replace(levels=(Level(torch.bfloat16, torch.float32), F32), chunk=3),
-    "few queries, int8": SMALL_TILES._replace(levels=(Level(torch.int8, torch.float32), F32), chunk=3),
+    "few queries": SMALL_TILES._replace(
+        levels=(Level(torch.bfloat16, torch.float32), F32), chunk=3
+    ),
+    "few queries, int8": SMALL_TILES._replace(
+        levels=(Level(torch.int8, torch.float32), F32), chunk=3
+    ),
     "one part": CpuPlan((INT8, BF16, F32), 100, 100, rows=2048, tile=512, capacity=150, crowd=16),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -291,6 +295,67 @@ def test_fast_is_near(metric):
     size = (q.norm(dim=1).amax() + b.norm(dim=1).amax()) ** 2 if metric != "cosine" else 1
     assert (fast - scores).abs().max() < 0.01 * size
     assert (fast.diff(dim=1) * (1 if metric == "l2" else -1) >= 0).all()
+
+
+@needs_kernel
+@every_metric
+def test_a_better_product_finds_no_row_twice(use, metric):
+    """The crowd is noticed after some candidates have been scored and kept."""
+    use(CpuPlan((INT8, BF16, F32), 100, 100, rows=4096, tile=256, capacity=1200, crowd=16))
+    q, b = torch.randn(20, 33), torch.randn(1, 33) + 1e-7 * torch.randn(4000, 33)
+    scores, indices, info = fmkernels.knn(q, b, 300, metric=metric, return_info=True)
+    assert info.fallbacks > 0
+    check_exact(q, b, 300, metric, scores, indices)
+
+
+@needs_kernel
+@every_plan
+@every_metric
+def test_fast_where_products_tell_nothing(use, plan, metric):
+    use(plan)
+    q, b = torch.randn(8, 16), torch.randn(300, 16)
+    q[:2], q[2, 1], b[5], b[6], b[7, 3] = 0, torch.inf, 1e37 * b[5], 1e-33 * b[6], torch.nan
+    scores, indices = fmkernels.knn(q, b, 4, metric=metric, precision="fast")
+    exact, expected = fmkernels.knn(q, b, 4, metric=metric)
+    if metric == "l2":
+        assert torch.equal(indices[2], expected[2])  # whose distances are all infinite
+        assert (scores >= 0).all()
+    else:
+        assert torch.equal(indices[:3], expected[:3])
+        assert torch.equal(scores[:3], exact[:3])
+    assert (scores[3:].isfinite() == exact[3:].isfinite()).all()
+    assert not (indices == 7).any()
+
+
+@every_plan
+def test_rows_that_float64_cannot_tell_apart_from_afar(use, plan):
+    """What the products tell about them is not in the score."""
+    use(plan)
+    q, b = torch.ones(3, 16), 1e-18 * torch.randn(600, 16)
+    assert fmkernels.knn(q, b, 3, metric="l2")[1].tolist() == [[0, 1, 2]] * 3
+    q, b = 1e6 * torch.randn(5, 16), 1e-8 * torch.randn(600, 16)
+    scores = search(q, b, 3, "l2", "exact")[0]
+    exact = (q.double()[:, None] - b.double()).square().sum(-1)
+    assert torch.allclose(-scores, exact.topk(3, largest=False).values, rtol=1e-14)
+
+
+@every_metric
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_gradients_change_no_score(metric, scale):
+    q, b = scale * torch.randn(5, 16), scale * torch.randn(60, 16)
+    expected = fmkernels.knn(q, b, 3, metric=metric)[0]
+    with_grad = fmkernels.knn(q.requires_grad_(), b, 3, metric=metric)[0]
+    assert torch.equal(with_grad.detach(), expected)
+    with_grad.sum().backward()
+    assert q.grad.isfinite().all()
+    assert (q.grad != 0).any()
+
+
+def test_many_more_neighbors_than_rows():
+    scores, indices = fmkernels.knn(torch.randn(2, 4), torch.randn(3, 4), 10**6)
+    assert indices.shape == (2, 10**6)
+    assert (indices[:, 3:] == -1).all()
+    assert (scores[:, 3:] == -torch.inf).all()
 
 
 @every_metric

@@ -33,6 +33,7 @@ def tables(rows):
     return {
         "classes": classes,
         "classes, uint8": classes.to(torch.uint8),
+        "classes, uint16": classes.to(torch.uint16),
         "soft": one_hot.float(),
         "soft, float64": one_hot.double(),
         "soft, float16": one_hot.half(),
@@ -135,6 +136,7 @@ def test_empty_batch_and_compile():
         ({"labels": torch.zeros(5, 0)}, ValueError, r"labels: expected at least 1 columns"),
         ({"labels": [0] * 5}, TypeError, r"labels: expected a torch.Tensor, got list"),
         ({"labels": torch.tensor([0, 1, 2, -1, 0])}, ValueError, r"classes from 0 to 2, got -1"),
+        ({"labels": -torch.ones(5, 2).long()}, ValueError, r"labels: expected counts >= 0, got -1"),
         ({"num_classes": 2}, ValueError, r"labels: expected classes from 0 to 1, got 3"),
         ({"num_classes": 0}, ValueError, r"num_classes: expected an integer >= 1, got 0"),
         ({"labels": torch.zeros(5, 2), "num_classes": 3}, ValueError, r"expected 3 columns"),

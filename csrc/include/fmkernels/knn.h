@@ -145,7 +145,7 @@ struct RowBounds {
   const float *sigma, *slack, *half;  // (rows)
 };
 struct QueryBounds {
-  float alpha, scale, gamma, rounding;
+  float alpha, scale, gamma, rounding, lost;
 };
 struct Interval {
   float middle, reach;
@@ -156,7 +156,7 @@ FMKERNELS_INLINE Interval interval(P product, RowBounds row, int64_t j, QueryBou
   const float reach = query.alpha * row.slack[j] + query.rounding * __builtin_fabsf(main);
   if (!squared) return {main, reach};
   const float half = query.gamma * row.half[j];
-  return {main - half, reach + 0x1p-21f * half + 0x1p-120f};
+  return {main - half, reach + 0x1p-21f * half + query.lost};
 }
 
 FMKERNELS_NAMESPACE_END

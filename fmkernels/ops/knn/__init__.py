@@ -96,7 +96,8 @@ def knn(
         product in low precision cannot rule out, by the bound that is derived in
         ``fmkernels/ops/knn/reference.py``. So near ties are resolved, nothing overflows, and
         neither autocast nor ``torch.set_float32_matmul_precision`` changes the answer. Scores are
-        differentiable with respect to queries and bank; the indices are constant.
+        differentiable with respect to queries and bank, for which the neighbours (…, k, D) are
+        gathered in float64; the indices are constant.
 
     Source:
         Balažević et al., *Towards In-Context Scene Understanding*, NeurIPS 2023, is built on it.
@@ -116,8 +117,8 @@ def knn(
     found, indices, candidates, paths = search(flat, bank.detach(), k, metric, precision)
     scores = public_scores(found, queries, bank, metric)
     if torch.is_grad_enabled() and (queries.requires_grad or bank.requires_grad):
-        again = _scores_of(queries.reshape(flat.shape), bank, indices, metric, scores.dtype)
-        scores = scores + (again - again.detach()).masked_fill(indices < 0, 0)
+        again = _scores_of(queries.reshape(flat.shape), bank, indices, metric)
+        scores = scores + (again - again.detach()).masked_fill(indices < 0, 0).to(scores.dtype)
     leading = queries.shape[:-1]
     scores, indices = scores.reshape(*leading, k), indices.reshape(*leading, k)
     if not return_info:
@@ -147,22 +148,27 @@ def public_scores(found: Tensor, queries: Tensor, bank: Tensor, metric: str) -> 
     return (-found if metric == "l2" else found).to(result)
 
 
-def _scores_of(
-    queries: Tensor, bank: Tensor, indices: Tensor, metric: str, dtype: torch.dtype
-) -> Tensor:
+def _scores_of(queries: Tensor, bank: Tensor, indices: Tensor, metric: str) -> Tensor:
     """(Q, D), (M, D), (Q, k) -> (Q, k), by PyTorch's differentiable functions."""
     if not len(bank):
-        return indices.to(dtype)
-    rows = bank[indices.clamp(min=0)].to(dtype)  # (Q, k, D)
-    queries = queries.to(dtype).unsqueeze(1)
+        return indices.double()
+    rows = bank[indices.clamp(min=0)].double()  # (Q, k, D)
+    queries = queries.double().unsqueeze(1)
+    if metric == "cosine":  # whose value no scale changes, and squares of float64 leave its range
+        queries, rows = _near_one(queries), _near_one(rows)
     if metric == "l2":
         return (queries - rows).square().sum(dim=-1)
     products = (queries * rows).sum(dim=-1)
     if metric == "inner_product":
         return products
-    tiny = torch.finfo(dtype).tiny
+    tiny = torch.finfo(torch.float64).tiny
     norms: Tensor = queries.norm(dim=-1).clamp(min=tiny) * rows.norm(dim=-1).clamp(min=tiny)
     return products / norms
+
+
+def _near_one(rows: Tensor) -> Tensor:
+    largest = rows.detach().abs().amax(dim=-1, keepdim=True)
+    return rows / torch.where(largest > 0, largest, 1)
 
 
 def _fake(queries: Tensor, bank: Tensor, k: int, *_: Any) -> tuple[Tensor, ...]:
@@ -186,6 +192,6 @@ search = Op(
 )
 """(Q, D), (M, D) -> scores (Q, k) in float64, larger is better, indices, candidates (Q), paths (Q).
 
-Rows whose score is below ``floor`` (Q) may be left out. ``shadow``, ``norms`` and ``residuals`` are
-those of a prepared bank (``fmkernels/ops/knn/bank.py``); the result does not depend on them.
+Rows whose score does not exceed ``floor`` (Q) may be left out. ``shadow`` and what follows are those
+of a prepared bank (``fmkernels/ops/knn/bank.py``); the result does not depend on them.
 """

@@ -15,6 +15,8 @@ PART_NUMBERS = 2**23
 """Of the rows of a part that are cast: 16 MB in bfloat16."""
 PREPARED_ROWS = 2**18
 """Of a part that is not."""
+POOLED = 2**21
+"""Candidates in memory at a time, of 16 bytes each."""
 FEW_QUERIES = 4
 """For which the kernel has products of its own, of float32 with bfloat16 or float32."""
 WORTH_A_CAST = 64
@@ -56,7 +58,13 @@ class CpuPlan(NamedTuple):
 
 
 def cpu_plan(
-    queries: int, dim: int, rows: int, k: int, bank: torch.dtype, prepared: torch.dtype | None
+    queries: int,
+    dim: int,
+    rows: int,
+    k: int,
+    bank: torch.dtype,
+    prepared: torch.dtype | None,
+    copied: bool = False,
 ) -> CpuPlan:
     """The plan of a search by ``queries`` of ``dim`` numbers in ``rows`` rows.
 
@@ -67,14 +75,16 @@ def cpu_plan(
         k: neighbours.
         bank: the dtype of the rows as they are.
         prepared: the dtype of their shadow, if they have one.
+        copied: whether the rows of a part have to be copied to be scored in float64.
     """
-    chunk = min(max(queries, 1), 1024)
+    capacity = 3 * k + 256
+    chunk = max(1, min(queries, 1024, max(POOLED // capacity, 1)))
     tile = _in_buckets(PRODUCTS // chunk, 1, 64)
-    levels = _few_levels(bank, prepared) if chunk <= FEW_QUERIES else ()
+    levels = _few_levels(bank, prepared) if queries <= FEW_QUERIES else ()
     levels = levels or _levels(queries, dim, rows, k, bank, prepared)
-    is_cast = levels[0].shadow not in (bank, prepared)
+    is_cast = copied or levels[0].shadow not in (bank, prepared)
     part = _in_buckets(PART_NUMBERS // max(dim, 1) if is_cast else PREPARED_ROWS, 1, 1024)
-    return CpuPlan(levels, 16384, chunk, max(part // tile, 1) * tile, tile, 3 * k + 256, 16)
+    return CpuPlan(levels, 16384, chunk, max(part // tile, 1) * tile, tile, capacity, 16)
 
 
 def _few_levels(bank: torch.dtype, prepared: torch.dtype | None) -> tuple[Level, ...]:

@@ -78,13 +78,15 @@ def knn(
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op on CPU tensors; see ``fmkernels.ops.knn`` for the arguments and what is returned."""
+    asked, k = k, min(k, max(len(bank), 1))
     made = None if shadow is None else shadow.dtype
-    plan = cpu_plan(len(queries), queries.shape[1], len(bank), k, bank.dtype, made)
+    wide = torch.float64 if torch.float64 in (queries.dtype, bank.dtype) else torch.float32
+    sizes = (len(queries), queries.shape[1], len(bank), k)
+    plan = cpu_plan(*sizes, bank.dtype, made, bank.dtype != wide or not bank.is_contiguous())
     prepared = None
     if shadow is not None and norms is not None:
         prepared = Shadow(shadow, norms, residuals, scales)
-    wide = torch.float64 in (queries.dtype, bank.dtype)
-    queries = queries.to(torch.float64 if wide else torch.float32).contiguous()
+    queries = queries.to(wide).contiguous()
     search = _Search(queries, k, metric, precision, floor, plan)
     for block in _slices(len(queries), plan.queries):
         units = _Shadows(queries[block], None)
@@ -93,7 +95,11 @@ def knn(
             rows = bank[part].to(queries.dtype).contiguous()
             for chunk in _slices(block.stop - block.start, plan.chunk):
                 search.part(block.start, chunk, units, rows, part.start, shadows)
-    return *search.found, search.candidates, search.paths
+    found = search.found
+    if asked > k:
+        nothing = reference.empty_result(queries, asked - k)
+        found = (torch.cat([found[0], nothing[0]], 1), torch.cat([found[1], nothing[1]], 1))
+    return *found, search.candidates, search.paths
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

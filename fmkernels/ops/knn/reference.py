@@ -10,7 +10,8 @@ and the answer is the k largest, larger first, equal ones by the lower index, a 
 computes all of them, tile by tile. The kernels compute only a few, for which they need a bound.
 
 **The bound.** Let a = ‖q‖, u = q/a, and û, b̂ what u and b become in the low precision (bfloat16 or
-float32). A matrix product returns s ≈ û·b̂. The distance between u·b and s is at most the sum of
+float32; or int8, as whole multiples of a 127th of the row's largest entry). A matrix product
+returns s ≈ û·b̂. The distance between u·b and s is at most the sum of
 
 1. ``‖u − û‖ ‖b‖ + ‖û‖ ‖b − b̂‖``: rounding of the factors, by Cauchy-Schwarz from the very rows'
    residual norms, which are measured, in float64, and not from the worst case. What a conversion
@@ -18,7 +19,7 @@ float32). A matrix product returns s ≈ û·b̂. The distance between u·b and 
 2. ``D 2⁻²² ‖û‖ ‖b̂‖``: accumulation in float32, whose error in any order is at most
    D 2⁻²⁴ Σ|û_d b̂_d|, to first order. The factor 4 covers the rest, and hardware that truncates
    instead of rounding, or rounds twice per step.
-3. ``2⁻⁸ |s|``: a bfloat16 product returns bfloat16. Nothing for one that returns float32.
+3. ``2⁻⁸ |s|``: a bfloat16 product returns bfloat16. Nothing for one that returns float32, or int32.
 4. ``D 2⁻¹²⁵ (1 + ‖b‖)``: factors and products below the normal numbers may be flushed to zero. A
    product that vanishes is below 2⁻¹²⁶, a factor that vanishes takes 2⁻¹²⁶ times the other.
 5. ``2⁻²⁰ ‖b‖``: the comparison itself is done in float32, in ten roundings or less.
@@ -29,7 +30,9 @@ b/‖b‖ in the sum, and σ for σ ‖b‖.
 
 For ``l2``, with half squared norms h = ‖b‖²/2, the row that is nearest maximises a u·b − h, since
 −‖q − b‖²/2 = a u·b − h − a²/2. Both parts are divided by S max(a, S), S the largest ‖b‖ of the
-tile, so that nothing overflows; point 5 counts 2⁻²¹ h in, and 2⁻¹²⁰ covers what vanishes.
+tile, so that nothing overflows; point 5 counts 2⁻²¹ h in, 2⁻¹²⁰ covers what vanishes, and
+``(D + 8) 2⁻⁵⁰ (a² + S²)/2``, divided likewise, covers what the score itself loses in float64: where a
+is far above S it cannot tell rows apart that v can.
 
 Where a float32 product is told to round its factors (``torch.set_float32_matmul_precision``), each
 loses 2⁻⁹ of its norm with bfloat16, and less with TF32: ``3 · 2⁻⁸ ‖û‖ ‖b̂‖`` more, generously.
@@ -42,8 +45,9 @@ is infinite or undefined (it has an infinite entry, or a norm outside of 2⁻¹�
 candidate. Hence the answer does not depend on the low precision, on tiles, threads or on the order
 of the products: those decide only how many rows are scored twice.
 
-Where bfloat16 leaves many candidates in a tile, the same comparison is made with a float32 product
-first; what is still undecided, such as equal rows, is scored in float64, as everything else.
+Where a product leaves a query too many candidates, the same comparison is made with a better one:
+int8, bfloat16, float32. What that leaves, such as equal rows, is scored in float64, as all
+candidates are.
 """
 
 from __future__ import annotations

@@ -106,13 +106,21 @@ def check_labels(op: str, labels: Any, bank: Tensor, num_classes: int | None) ->
                 f"{op}: labels: expected {num_classes or 'at least 1'} columns, one for each "
                 f"class, got shape {_checks.shape(labels)}"
             )
+        if labels.dtype.is_signed and not labels.dtype.is_floating_point and not labels.is_meta:
+            if (labels < 0).any():
+                least = int(labels.min())
+                raise ValueError(f"{op}: labels: expected counts >= 0, got {least}")
         return labels.shape[1]
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(
             f"{op}: labels: expected integer classes of shape (M,), got {labels.dtype}; "
             "soft labels have shape (M, C)"
         )
-    smallest, largest = (int(value) for value in labels.aminmax())
+    if labels.is_meta:
+        if num_classes is None:
+            raise ValueError(f"{op}: num_classes: expected a number for labels without data")
+        return num_classes
+    smallest, largest = (int(value) for value in labels.long().aminmax())
     classes = largest + 1 if num_classes is None else num_classes
     if smallest < 0 or largest >= classes:
         wrong = smallest if smallest < 0 else largest
