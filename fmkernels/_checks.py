@@ -46,7 +46,7 @@ def floating_tensor(op: str, argument: str, value: Any) -> None:
 
 def _refuse_tensor(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {argument}: expected a torch.Tensor, got {type(value).__name__}")
+        raise no_tensor(op, argument, value)
     if not value.dtype.is_floating_point:
         raise TypeError(
             f"{op}: {argument}: expected a floating-point dtype, got {value.dtype}; "
@@ -62,6 +62,28 @@ def _refuse_tensor(op: str, argument: str, value: Any) -> None:
     raise ValueError(
         f"{op}: {argument}: expected a last dimension of at least 1, got shape {shape(value)}"
     )
+
+
+def no_tensor(op: str, argument: str, value: Any) -> TypeError:
+    """The error for what is no tensor, with the way from a NumPy array to one."""
+    hint = f"; convert it with torch.from_numpy({argument})" if _is_array(value) else ""
+    return TypeError(f"{op}: {argument}: expected a torch.Tensor, got {type(value).__name__}{hint}")
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "ndim")
+
+
+def device(op: str, argument: str, value: Any) -> torch.device:
+    """A device that tensors can be put on."""
+    try:
+        return torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch has no one error for it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f'{op}: {argument}: expected a device that PyTorch has here, such as "cpu", '
+            f"got {value!r}: {reason}"
+        ) from error
 
 
 def dimensions(op: str, argument: str, value: Tensor, layout: str) -> None:
@@ -101,7 +123,7 @@ def non_negative(op: str, argument: str, value: Any) -> None:
 def positive_integer(op: str, argument: str, value: SupportsIndex, otherwise: str = "") -> int:
     """An integer of any kind (NumPy's, too), as Python's; ``otherwise`` says what else fits."""
     try:
-        checked = operator.index(value)
+        checked = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         checked = 0
     if checked < 1:

@@ -39,6 +39,10 @@ def tensor_of(op: str, argument: str, value: Any, layout: str | None = None) -> 
     """
     if isinstance(value, np.ndarray):
         value = _tensor_of_array(op, argument, value)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{op}: {argument}: expected a torch.Tensor or NumPy array, got {type(value).__name__}"
+        )
     _checks.floating_tensor(op, argument, value)
     if layout is not None:
         _checks.dimensions(op, argument, value, layout)

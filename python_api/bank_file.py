@@ -20,6 +20,7 @@ from fmkernels.ops.knn.reference import METRICS, TILE, empty_result, merge
 from .arrays import progress_bar
 from .bank import Bank, Found
 from .bank_head import Place, place_of
+from .safe_file import path_of
 
 TILE_BYTES = 64 * 2**20
 """Read at a time; a search holds two tiles."""
@@ -128,7 +129,7 @@ def open_bank(
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        TypeError: the rows are not float32, float16, bfloat16 or float64.
+        TypeError: the rows are not float32, float16, bfloat16 or float64, or the path is none.
         ValueError: the file is truncated, corrupt or something else, or an argument does not fit.
             The message names the file.
 
@@ -146,6 +147,8 @@ def open_bank(
     """
     if metric is not None:
         _checks.choice("open_bank", "metric", metric, METRICS)
-    path = Path(path).absolute()
+    path = path_of("open_bank", path).absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f"open_bank: path: expected a file that exists, got {path}")
     place = place_of(path, tensor)
     return BankFile(path, place, metric or place.metric or "cosine")

@@ -13,9 +13,8 @@ import torch
 
 from fmkernels.ops.knn.reference import METRICS
 
-from .safe_file import format_of
+from .safe_file import NUMPY_MAGIC, format_of
 
-NUMPY_MAGIC = b"\x93NUMPY"
 NUMPY_DTYPES = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
 SAFETENSORS_DTYPES = {
     "F32": torch.float32,
@@ -106,6 +105,8 @@ def _in_numpy(path: Path, file: io.BufferedReader, size: int) -> Place:
 
 def _in_safetensors(path: Path, file: io.BufferedReader, size: int, tensor: str | None) -> Place:
     what = "a .npy or safetensors file"
+    if not size:
+        raise _refusal(path, what, "an empty file")
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(LARGEST_HEAD, size - 8):
         raise _refusal(path, what, f"the head of neither, or only its start, {size} bytes,")

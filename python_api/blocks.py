@@ -9,6 +9,8 @@ from .arrays import checksum
 
 SAMPLED = 8
 """Rows of a block that tell whether it was written to: a buffer that is used again was, in all."""
+CHECKED = 2**16
+"""Rows that are looked through at a time."""
 
 
 class Blocks:
@@ -41,6 +43,7 @@ class Blocks:
     def append(self, rows: Tensor) -> None:
         """Add rows (M, D) at the end."""
         block = rows.to(self.empty.device, self.empty.dtype).contiguous()
+        _check_range(rows, block)
         if len(block):
             shared = block.data_ptr() == rows.data_ptr()
             self._blocks.append((block, _sample(block) if shared else None))
@@ -51,15 +54,17 @@ class Blocks:
 
     def to(self, device: torch.device | str) -> None:
         """Move all rows."""
+        self.check()
         self.empty = self.empty.to(device)
         self._blocks = [
             (block, sample) if block.device == self.empty.device else (block.to(device), None)
-            for block, sample in self._checked()
+            for block, sample in self._blocks
         ]
 
     def whole(self) -> Tensor:
         """All rows (M, D)."""
-        blocks = self._checked()
+        self.check()
+        blocks = self._blocks
         if len(blocks) <= 1:
             return blocks[0][0] if blocks else self.empty
         total = len(self)
@@ -75,7 +80,8 @@ class Blocks:
             self._blocks[:0] = [(rows[:done], None)] if done else []
         return rows
 
-    def _checked(self) -> list[tuple[Tensor, str | None]]:
+    def check(self) -> None:
+        """Refuse in words if a block was written to: 8 rows of each are compared."""
         for block, sample in self._blocks:
             if sample is not None and _sample(block) != sample:
                 raise ValueError(
@@ -83,8 +89,22 @@ class Blocks:
                     f"was added, got one of shape {tuple(block.shape)} that changed; add a copy of "
                     "a buffer that is used again (.clone() or .copy())"
                 )
-        return self._blocks
 
 
 def _sample(block: Tensor) -> str:
     return checksum(block[:: -(-len(block) // SAMPLED)])
+
+
+def _check_range(rows: Tensor, block: Tensor) -> None:
+    """Refuse finite numbers that the dtype of the block does not have."""
+    if torch.finfo(block.dtype).max >= torch.finfo(rows.dtype).max:
+        return
+    for part, converted in zip(rows.split(CHECKED), block.split(CHECKED), strict=True):
+        lost = converted.isinf() & part.isfinite().to(converted.device)
+        if lost.any():
+            largest = float(part.abs().nan_to_num(posinf=0).max())
+            raise ValueError(
+                f"PatchIndex.add: features: expected numbers that {block.dtype} has, up to "
+                f"{torch.finfo(block.dtype).max:g}, got {largest:g}; choose another dtype, or "
+                "divide by the norms for the cosine"
+            )

@@ -58,7 +58,7 @@ def integer_labels(op: str, argument: str, value: Any, rows: int) -> Tensor:
 def integer_classes(op: str, argument: str, value: Any, hint: str) -> None:
     """A tensor of integers; ``hint`` says what to do with another."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {argument}: expected a torch.Tensor, got {type(value).__name__}")
+        raise _checks.no_tensor(op, argument, value)
     if not _is_integer(value):
         raise TypeError(f"{op}: {argument}: expected integer classes, got {value.dtype}; {hint}")
 

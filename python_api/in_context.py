@@ -14,7 +14,18 @@ from fmkernels import _checks
 from fmkernels.ops.knn_label_propagation import check_temperature, vote, weights
 
 from . import in_context_pictures
-from .patch_encoder import Augmentation, Encoder, batches, counted, encode, evaluating, length
+from .arrays import optional
+from .patch_encoder import (
+    Augmentation,
+    Encoder,
+    batches,
+    counted,
+    encode,
+    evaluating,
+    length,
+    nothing,
+)
+from .patch_labels import check_dataset
 from .patch_memory import PatchMemory
 from .segmentation_metrics import ConfusionMatrix, Matching
 
@@ -122,7 +133,8 @@ class InContextSegmenter:
         self.temperature = float(temperature)
         self.memory_size, self.epochs, self.augment = memory_size, epochs, augment
         self.ignore_index, self.batch_size, self.seed = ignore_index, batch_size, seed
-        self.device, self.progress = device, progress
+        self.device = None if device is None else _checks.device(op, "device", device)
+        self.progress = progress
         self._memory: PatchMemory | None = None
 
     @property
@@ -194,7 +206,7 @@ class InContextSegmenter:
         *,
         shown: int = 6,
     ) -> SegmentationResult:
-        """Predict a dataset, and compare with its masks.
+        """Predict a dataset, and compare with its masks (needs SciPy, for the matching).
 
         Args:
             dataset: of (image, mask) or batches of both. Predictions have the size of the masks.
@@ -204,18 +216,28 @@ class InContextSegmenter:
 
         Returns:
             A :class:`SegmentationResult`, all from one confusion matrix.
+
+        Raises:
+            ImportError: SciPy, or matplotlib for a picture, is not installed.
+            TypeError: items that are no pairs, masks that are not integers.
+            ValueError: no images, classes out of range, a picture that cannot be written.
         """
         op = "InContextSegmenter.evaluate"
+        optional("scipy.optimize", f"{op}, which matches classes,")
         if picture is not None:
             in_context_pictures.check(op, picture)
         confusion = ConfusionMatrix(self.num_classes, self.ignore_index)
         examples: list[tuple[Tensor, Tensor, Tensor]] = []
-        source = batches(op, dataset, self.batch_size)
+        source, seen = batches(op, dataset, self.batch_size), 0
         for images, masks in counted(source, self.progress, length(dataset), "evaluation"):
+            check_dataset(op, masks, self.num_classes, self.ignore_index, seen)
+            seen += len(images)
             prediction = self.predict(images, (masks.shape[1], masks.shape[2]))
             confusion.update(prediction, masks.to(prediction.device))
             if picture is not None and len(examples) < shown:
                 examples += zip(images.cpu(), masks.cpu(), prediction.cpu(), strict=True)
+        if not seen:
+            raise nothing(op)
         if picture is not None:
             in_context_pictures.predictions(
                 picture, examples[:shown], self.num_classes, self.ignore_index

@@ -23,8 +23,14 @@ PANELS = ("image", "truth", "prediction")
 def check(op: str, path: str | PathLike[str]) -> None:
     """Refuse, before anything is computed, a picture that could not be written."""
     optional("matplotlib", f"{op}: picture")
-    if not Path(path).parent.is_dir():
+    figure_of = optional("matplotlib.figure", "picture")
+    if not Path(path).parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"{op}: picture: expected a file in a folder that exists, got {path}")
+    kinds = figure_of.Figure().canvas.get_supported_filetypes()
+    suffix = Path(path).suffix[1:].lower()
+    if suffix and suffix not in kinds:  # without one, matplotlib writes a .png
+        names = ", ".join(f".{kind}" for kind in kinds)
+        raise ValueError(f"{op}: picture: expected a file of a kind in {names}, got {path}")
 
 
 def predictions(
@@ -68,7 +74,7 @@ def neighbors(
 
     ``scores`` and ``indices`` are (rows, columns, k), ``origins`` (M, 2).
     """
-    check("draw_neighbors", path)
+    check("InContextSegmenter.draw_neighbors", path)
     figure_of = optional("matplotlib.figure", "picture")
     marks = optional("matplotlib.patches", "picture", "matplotlib")
     grid = (indices.shape[0], indices.shape[1])

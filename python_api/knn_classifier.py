@@ -104,6 +104,15 @@ class KNNClassifier:
         self.temperature = float(temperature)
         self._fitted: _Fitted | None = None
 
+    def __repr__(self) -> str:
+        own = f"pca_dim={self.pca_dim}"
+        if self.kind == "dino":
+            own = f"temperature={self.temperature}"
+        fitted = "not fitted"
+        if self._fitted is not None:
+            fitted = f"{len(self._fitted.bank)} features of {len(self.classes_)} classes"
+        return f"KNNClassifier({self.kind!r}, k={self.k}, {own}), {fitted}"
+
     def fit(self, features: Array, labels: Array) -> KNNClassifier:
         """Remember training features (M, D) and their integer labels (M,); returns self.
 

@@ -130,6 +130,12 @@ class Overclustering:
         _checks.choice(OP, "matching", matching, MATCHINGS)
         self.matching = matching
 
+    def __repr__(self) -> str:
+        names = ("pca_dim", "mask_size", "ignore_index", "seeds", "matching")
+        settings = {name: getattr(self, name) for name in names} | self.kmeans
+        words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"Overclustering({self.num_classes}, {self.num_clusters}, {words})"
+
     def evaluate(
         self,
         features: Tensor,

@@ -22,6 +22,9 @@ Augmentation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Image (3, H, W) and mask (H, W) -> the same, changed at random."""
 
 
+BATCH = "; a batch goes in a list: [(images, masks)]"
+
+
 @contextlib.contextmanager
 def evaluating(encoder: Encoder) -> Iterator[None]:
     """No gradients and, if the encoder is a module, evaluation mode; it is left as it was found."""
@@ -143,6 +146,7 @@ def _pair(op: str, item: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"{op}: dataset: expected pairs (image, mask), got {type(item).__name__}"
             + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
+            + (BATCH if isinstance(item, (Tensor, np.ndarray)) else "")
         )
     image, mask = (
         part if isinstance(part, Tensor) else torch.from_numpy(np.array(part)) for part in item
@@ -156,6 +160,14 @@ def _pair(op: str, item: Any) -> tuple[Tensor, Tensor]:
             f"with (B, H, W), got {tuple(image.shape)} with {tuple(mask.shape)}"
         )
     return image, mask
+
+
+def nothing(op: str) -> ValueError:
+    """The error for a dataset without images."""
+    return ValueError(
+        f"{op}: dataset: expected at least one pair (image, mask), got none; an iterator such as "
+        "zip(images, masks) can be read once"
+    )
 
 
 def length(dataset: Any) -> int | None:

@@ -27,7 +27,7 @@ FILE = SafeFile(
     "PatchIndex",
     ("features",),
     ("faiss",),
-    hint="; fmkernels.api.open_bank searches any tensor (M, D) in a file",
+    hint="; fmkernels.api.open_bank searches a .npy file, and any tensor (M, D) of another file",
 )
 
 
@@ -111,7 +111,8 @@ class PatchIndex(Bank):
                 f"{op}: factory: expected {needed} with engine={engine!r}, got {factory!r}"
             )
         self.metric, self.dtype, self.engine, self.factory = metric, dtype, engine, factory
-        self._blocks = Blocks(torch.empty(0, self.dim, dtype=dtype, device=device))
+        place = _checks.device(op, "device", device)
+        self._blocks = Blocks(torch.empty(0, self.dim, dtype=dtype, device=place))
         self._faiss = None if factory is None else FaissEngine(self.dim, metric, factory)
         self._ready: bank.PreparedRows | None = None
         self._lock = threading.Lock()
@@ -140,12 +141,13 @@ class PatchIndex(Bank):
         Args:
             features: (M, D), a floating tensor or NumPy array. It is not copied if it is contiguous
                 and of the index's dtype and device, so do not write to it afterwards: add a copy of
-                a buffer that is used again. Several are copied into one at the next search, each
-                set free as it is copied.
+                a buffer that is used again. Each search looks at 8 of its rows, and refuses if they
+                changed. Several arrays are copied into one at the next search, each set free as it
+                is copied.
 
         Raises:
             TypeError: the features are not floating-point.
-            ValueError: their shape does not fit.
+            ValueError: their shape does not fit, or the index's dtype has no such large numbers.
         """
         rows = tensor_of("PatchIndex.add", "features", features, "(M, D)")
         if rows.shape[1] != self.dim:
@@ -187,7 +189,12 @@ class PatchIndex(Bank):
 
     @property
     def features(self) -> Tensor:
-        """(M, D), all rows, not a copy: ``index.features[i]`` is row i. Do not write to it."""
+        """(M, D), all rows, not a copy: ``index.features[i]`` is row i.
+
+        Do not write to it, but to ``index.features.clone()``. PyTorch has no read-only tensors:
+        where the rows are an array that NumPy mapped from a file for reading only, a write ends the
+        process (segmentation fault).
+        """
         with self._lock:
             return self._blocks.whole()
 
@@ -211,6 +218,8 @@ class PatchIndex(Bank):
                     self._faiss.fill(rows, progress)
                     return bank.PreparedRows(rows)
                 self._ready = bank.prepare(rows)
+            else:  # 10 µs, against wrong answers from what was prepared
+                self._blocks.check()
             return self._ready
 
     def _find(self, queries: Tensor, k: int, progress: bool = False) -> Found:
@@ -275,8 +284,9 @@ class PatchIndex(Bank):
 
     def to(self, device: torch.device | str) -> PatchIndex:
         """Move the rows to a device; returns the index itself."""
+        place = _checks.device("PatchIndex.to", "device", device)
         with self._lock:
-            self._blocks.to(device)
+            self._blocks.to(place)
             self._ready = None
         return self
 
@@ -309,7 +319,8 @@ class PatchIndex(Bank):
             OSError: there is no such file, or it cannot be read.
             ValueError: the file is truncated, corrupt or something else; the message names it.
         """
-        return FILE.read(path, cls._of_state).to(device)
+        place = _checks.device("PatchIndex.load", "device", device)
+        return FILE.read(path, cls._of_state).to(place)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and words that make this index again."""

@@ -12,6 +12,9 @@ from fmkernels import _checks
 from .evaluation_inputs import integer_classes
 
 OP = "patch_label_counts"
+HINT = (
+    "a mask that torchvision's ToTensor divided by 255 is restored by (masks * 255).round().long()"
+)
 
 
 def patch_label_counts(
@@ -78,7 +81,8 @@ def patch_label_counts(
         dtype=_dtype(height * width),
         device=masks.device,
     )
-    for mask, count in zip(masks, counts, strict=True):  # one at a time bounds the scratch
+    for number, (mask, count) in enumerate(zip(masks, counts, strict=True)):  # bounds the scratch
+        check_classes(OP, f"masks[{number}]", mask, num_classes, ignore_index)
         bin_of = _without_ignored(mask, num_classes, ignore_index, ignored_as).int()
         bin_of.view(rows, height, columns, width).add_(first)  # + would make one more copy
         found = torch.bincount(bin_of.flatten(), minlength=rows * columns * bins)
@@ -99,25 +103,41 @@ def _without_ignored(
 ) -> Tensor:
     """The mask with classes in range only; num_classes stands for pixels that are left out."""
     replacement = num_classes if ignored_as is None else ignored_as
-    limits = torch.iinfo(mask.dtype)
-    if mask.dtype in (torch.uint16, torch.uint32, torch.uint64):  # of which torch knows little
-        mask = mask.long()
-    elif not limits.min <= min(ignore_index, replacement) <= limits.max or (
-        max(ignore_index, replacement) > limits.max
-    ):
-        mask = mask.int()  # a comparison with 255 would wrap around
+    mask = _comparable(mask, ignore_index, replacement)
+    return mask.masked_fill(mask == ignore_index, replacement)
+
+
+def check_classes(
+    op: str, argument: str, mask: Tensor, num_classes: int, ignore_index: int
+) -> None:
+    """Refuse a mask with a class that there is not."""
+    mask = _comparable(mask, ignore_index, 0)
     smallest, largest = (int(value) for value in mask.aminmax())
-    if smallest < 0 or largest >= num_classes:  # else there is nothing to replace, or refuse
-        ignored = mask == ignore_index
-        known = mask.masked_fill(ignored, 0)
+    if smallest < 0 or largest >= num_classes:  # else there is nothing to refuse
+        known = mask.masked_fill(mask == ignore_index, 0)
         smallest, largest = (int(value) for value in known.aminmax())
         if smallest < 0 or largest >= num_classes:
             raise ValueError(
-                f"{OP}: masks: expected classes from 0 to {num_classes - 1} or ignore_index, "
+                f"{op}: {argument}: expected classes from 0 to {num_classes - 1} or ignore_index, "
                 f"{ignore_index}, got {smallest if smallest < 0 else largest}"
             )
-        return known.masked_fill_(ignored, replacement)
-    return mask.masked_fill(mask == ignore_index, replacement)
+
+
+def check_dataset(op: str, masks: Tensor, num_classes: int, ignore_index: int, first: int) -> None:
+    """Refuse a batch of masks (B, H, W) by the position of an image, from ``first`` on."""
+    integer_classes(op, "dataset: masks", masks, HINT)
+    for number, mask in enumerate(masks, first):
+        check_classes(op, f"dataset: mask of image {number}", mask, num_classes, ignore_index)
+
+
+def _comparable(mask: Tensor, *numbers: int) -> Tensor:
+    """The mask in a dtype in which these numbers are what they are, not wrapped around."""
+    limits = torch.iinfo(mask.dtype)
+    if mask.dtype in (torch.uint16, torch.uint32, torch.uint64):  # of which torch knows little
+        return mask.long()
+    if min(numbers) < limits.min or max(numbers) > limits.max:
+        return mask.int()
+    return mask
 
 
 def check_grid(op: str, grid: Any) -> tuple[int, int]:
@@ -129,11 +149,7 @@ def check_grid(op: str, grid: Any) -> tuple[int, int]:
 
 
 def _check_masks(masks: Any, rows: int, columns: int) -> None:
-    hint = (
-        "a mask that torchvision's ToTensor divided by 255 is restored by "
-        "(masks * 255).round().long()"
-    )
-    integer_classes(OP, "masks", masks, hint)
+    integer_classes(OP, "masks", masks, HINT)
     _checks.dimensions(OP, "masks", masks, "(B, H, W)")
     height, width = masks.shape[1:]
     if not height or not width or height % rows or width % columns:

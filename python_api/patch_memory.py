@@ -12,9 +12,18 @@ from torch.nn import functional as F
 
 from fmkernels import _checks
 
-from .patch_encoder import Augmentation, Encoder, batches, counted, encode, evaluating, length
+from .patch_encoder import (
+    Augmentation,
+    Encoder,
+    batches,
+    counted,
+    encode,
+    evaluating,
+    length,
+    nothing,
+)
 from .patch_index import PatchIndex
-from .patch_labels import patch_label_counts
+from .patch_labels import check_dataset, patch_label_counts
 from .safe_file import SafeFile
 
 FILE = SafeFile("PatchMemory", ("features", "labels", "origins"))
@@ -68,8 +77,9 @@ class PatchMemory:
             origins = torch.full((len(features), 2), -1, dtype=torch.int32, device=features.device)
         for name, table in (("labels", labels), ("origins", origins)):
             if not isinstance(table, Tensor) or table.is_complex() or table.dtype == torch.bool:
-                got = table.dtype if isinstance(table, Tensor) else type(table).__name__
-                raise TypeError(f"{op}: {name}: expected a torch.Tensor of numbers, got {got}")
+                if not isinstance(table, Tensor):
+                    raise _checks.no_tensor(op, name, table)
+                raise TypeError(f"{op}: {name}: expected numbers, got {table.dtype}")
             _checks.same_device(op, name, table, "features", features)
             columns = table.shape[-1] if name == "labels" and table.ndim else 2
             if tuple(table.shape) != (len(features), columns) or not columns:
@@ -140,6 +150,8 @@ class PatchMemory:
         epochs, batch_size = positive(op, "epochs", epochs), positive(op, "batch_size", batch_size)
         if patch_size is not None:
             patch_size = positive(op, "patch_size", patch_size)
+        if device is not None:
+            device = _checks.device(op, "device", device)
         if epochs > 1 and iter(dataset) is dataset:
             raise ValueError(
                 f"{op}: dataset: expected one that can be read {epochs} times, got an iterator, "
@@ -155,8 +167,10 @@ class PatchMemory:
             torch.manual_seed(seed)
             for epoch in range(epochs):
                 source = batches(op, dataset, batch_size, augment)
-                title = f"memory, epoch {epoch + 1} of {epochs}"
+                title, before = f"memory, epoch {epoch + 1} of {epochs}", images_seen
                 for images, masks in counted(source, progress, num_images, title):
+                    number = images_seen - before
+                    check_dataset(op, masks, num_classes, ignore_index, number)
                     tokens, found = encode(op, encoder, images, grid, patch_size)
                     counts = patch_label_counts(
                         masks, num_classes, found, ignore_index=ignore_index, ignored_as=ignored_as
@@ -173,7 +187,7 @@ class PatchMemory:
                     for table, part in zip((features, labels, origins), rows, strict=True):
                         table.append(part.to(device or tokens.device), expected)
         if not images_seen:
-            raise ValueError(f"{op}: dataset: expected at least one pair (image, mask), got none")
+            raise nothing(op)
         return cls(features.finish(), labels.finish(), origins.finish())
 
     def __len__(self) -> int:
@@ -201,7 +215,8 @@ class PatchMemory:
 
     def to(self, device: torch.device | str) -> PatchMemory:
         """The same memory on another device."""
-        return PatchMemory(*(table.to(device) for table in self._tables().values()))
+        place = _checks.device("PatchMemory.to", "device", device)
+        return PatchMemory(*(table.to(place) for table in self._tables().values()))
 
     def report(self) -> MemoryReport:
         """How large the memory is; print it."""
@@ -228,6 +243,8 @@ class PatchMemory:
             ImportError: safetensors is not installed.
             ValueError: it is damaged, incomplete, or something else.
         """
+        if device is not None:
+            device = _checks.device("PatchMemory.load", "device", device)
         memory = FILE.read(path, lambda tables, _: cls(**tables))
         return memory if device is None else memory.to(device)
 

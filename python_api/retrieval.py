@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +81,7 @@ def rank_database(queries: Any, database: Any) -> Tensor:
 
 
 def retrieval_map(
-    ranking: Any, ground_truth: Sequence[Mapping[str, Any]], ks: Sequence[int] = (1, 5, 10)
+    ranking: Any, ground_truth: Sequence[Mapping[str, Any]], ks: int | Sequence[int] = (1, 5, 10)
 ) -> dict[str, RetrievalScore]:
     """Mean average precision and precision at k of rankings, as for revisited Oxford and Paris.
 
@@ -104,14 +104,14 @@ def retrieval_map(
             what is not in it is not found. −1 is no image.
         ground_truth: for each query a mapping with the indices ``easy``, ``hard`` and, if there is
             any, ``junk``, as in the published ``gnd_roxford5k.pkl`` under the key ``gnd``.
-        ks: of the precisions.
+        ks: of the precisions, one or several.
 
     Returns:
         A :class:`RetrievalScore` for each of ``"easy"``, ``"medium"`` and ``"hard"``. Queries with
         nothing to be found are left out of the means; NaN if all are.
 
     Raises:
-        TypeError: rankings or indices that are not integers.
+        TypeError: rankings or indices that are not integers, a ground truth that is no list.
         ValueError: shapes that do not fit, an image twice in a ranking, a missing key.
 
     Numerics:
@@ -131,8 +131,10 @@ def retrieval_map(
         {1: 1.0, 5: 0.6666666666666666, 10: 0.6666666666666666}
     """
     op = "retrieval_map"
+    _check_list(op, ground_truth)
     ranks = _check_ranking(op, ranking, len(ground_truth))
-    counts = [_checks.positive_integer(op, "ks", k) for k in ks]
+    several = ks if isinstance(ks, Iterable) else (ks,)
+    counts = [_checks.positive_integer(op, "ks", k) for k in several]
     parts = [_check_truth(op, query, truth) for query, truth in enumerate(ground_truth)]
     results = {}
     for setup, (positive, junk) in SETUPS.items():
@@ -198,6 +200,15 @@ def _check_ranking(op: str, ranking: Any, queries: int) -> Any:
                 f"{op}: ranking: expected each image at most once, got one twice in row {query}"
             )
     return ranks
+
+
+def _check_list(op: str, ground_truth: Any) -> None:
+    if isinstance(ground_truth, Mapping):
+        hint = "; pass ground_truth['gnd']" if "gnd" in ground_truth else ""
+        raise TypeError(
+            f"{op}: ground_truth: expected a list with a mapping for each query, "
+            f"got {type(ground_truth).__name__}{hint}"
+        )
 
 
 def _check_truth(op: str, query: int, truth: Any) -> dict[str, Any]:

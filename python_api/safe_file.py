@@ -7,12 +7,13 @@ import uuid
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from .arrays import checksum, optional
 
+NUMPY_MAGIC = b"\x93NUMPY"
 Built = TypeVar("Built")
 
 
@@ -57,9 +58,11 @@ class SafeFile(NamedTuple):
         """
         op = f"{self.owner}.save"
         safetensors = optional("safetensors.torch", op, "safetensors")
-        target = Path(os.path.realpath(path))
+        target = Path(os.path.realpath(path_of(op, path)))
         if not target.parent.is_dir():
             raise ValueError(f"{op}: path: expected a file in a folder that exists, got {target}")
+        if target.is_dir():
+            raise ValueError(f"{op}: path: expected a file, got a folder, {target}; add a name")
         tables = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         sums = {_sum_of(name): checksum(table) for name, table in tables.items()}
         head = {"format": format_of(self.owner), **(words or {}), **sums}
@@ -91,7 +94,7 @@ class SafeFile(NamedTuple):
         """
         op = f"{self.owner}.load"
         safetensors = optional("safetensors", op)
-        if not Path(path).is_file():
+        if not path_of(op, path).is_file():
             raise FileNotFoundError(
                 f"{op}: path: expected a file that exists, got {os.fspath(path)}"
             )
@@ -107,6 +110,9 @@ class SafeFile(NamedTuple):
             return build(tensors, words)
         except safetensors.SafetensorError as error:
             reason = f"it is damaged, cut short or no safetensors file ({error}); make it again"
+            with open(path, "rb") as other:
+                if other.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
+                    reason = f"it is a .npy file{self.hint}"
             raise self._refusal(path, reason) from error
         except (ValueError, TypeError) as error:
             raise self._refusal(path, str(error)) from error
@@ -125,6 +131,16 @@ class SafeFile(NamedTuple):
             f"{self.owner}.load: path: expected a file that {self.owner}.save wrote, "
             f"got {os.fspath(path)}: {reason}"
         )
+
+
+def path_of(op: str, path: Any) -> Path:
+    """The path of a file; what else was given is named."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise TypeError(
+            f"{op}: path: expected the path of a file, got {type(path).__name__}"
+        ) from error
 
 
 def _sum_of(name: str) -> str:

@@ -297,10 +297,12 @@ def test_refusals():
     segmenter.fit([(images, masks)])
     with pytest.raises(ValueError, match=r"images: expected a batch \(B, 3, H, W\), got \(3, 24,"):
         segmenter.predict(images[0])
-    with pytest.raises(TypeError, match="target: expected integer classes"):
+    with pytest.raises(TypeError, match="evaluate: dataset: masks: expected integer classes"):
         segmenter.evaluate([(images, masks.float())])
-    with pytest.raises(ValueError, match="target: expected classes from 0 to 5, or 255"):
-        segmenter.evaluate([(images, torch.full_like(masks, 7))])
+    wrong = masks.clone()
+    wrong[2, 0, 0] = 7
+    with pytest.raises(ValueError, match=r"evaluate: dataset: mask of image \d+: expected .*got 7"):
+        segmenter.evaluate([(images, masks), (images, wrong)])
     segmenter.encoder = lambda images: torch.rand(len(images), 42, DIM + 1)
     with pytest.raises(ValueError, match="encoder: expected 24 features per patch, as the memory"):
         segmenter.predict(images)
