@@ -19,7 +19,9 @@ every_metric = pytest.mark.parametrize("metric", METRICS)
 needs_kernel = pytest.mark.skipif(_library.native is None, reason="needs the extension")
 
 INT8, BF16, F32 = (Level(x, x) for x in (torch.int8, torch.bfloat16, torch.float32))
-SMALL_TILES = CpuPlan((INT8, BF16, F32), 7, chunk=5, rows=37, tile=256, capacity=200, crowd=10**9)
+SMALL_TILES = CpuPlan(
+    (INT8, BF16, F32), 7, chunk=5, first=20, rows=37, tile=256, capacity=200, crowd=10**9
+)
 PLANS = {
     "int8": SMALL_TILES,
     "bfloat16": SMALL_TILES._replace(levels=(BF16, F32)),
@@ -30,7 +32,9 @@ PLANS = {
     "few queries, int8": SMALL_TILES._replace(
         levels=(Level(torch.int8, torch.float32), F32), chunk=3
     ),
-    "one part": CpuPlan((INT8, BF16, F32), 100, 100, rows=2048, tile=512, capacity=150, crowd=16),
+    "one part": CpuPlan(
+        (INT8, BF16, F32), 100, 100, first=2048, rows=2048, tile=512, capacity=150, crowd=16
+    ),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
@@ -189,7 +193,7 @@ def test_products_err_less_than_the_bound(dtype, dim, precision):
 @every_metric
 def test_rounding_that_turns_the_order_round(use, metric, name):
     """Problems that come near the bound: with less of it, these fail."""
-    use(PLANS["bfloat16"]._replace(rows=1))
+    use(PLANS["bfloat16"]._replace(first=1, rows=1))
     queries, rows = (torch.from_numpy(x).float() for x in getattr(neighbors, name)())
     products = torch.mm(queries.bfloat16(), rows.bfloat16().mT)
     assert products.argmax() == 1  # that product would choose the other
@@ -301,7 +305,7 @@ def test_fast_is_near(metric):
 @every_metric
 def test_a_better_product_finds_no_row_twice(use, metric):
     """The crowd is noticed after some candidates have been scored and kept."""
-    use(CpuPlan((INT8, BF16, F32), 100, 100, rows=4096, tile=256, capacity=1200, crowd=16))
+    use(PLANS["one part"]._replace(first=4096, rows=4096, capacity=1200))
     q, b = torch.randn(20, 33), torch.randn(1, 33) + 1e-7 * torch.randn(4000, 33)
     scores, indices, info = fmkernels.knn(q, b, 300, metric=metric, return_info=True)
     assert info.fallbacks > 0

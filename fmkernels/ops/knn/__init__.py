@@ -192,6 +192,6 @@ search = Op(
 )
 """(Q, D), (M, D) -> scores (Q, k) in float64, larger is better, indices, candidates (Q), paths (Q).
 
-Rows whose score does not exceed ``floor`` (Q) may be left out. ``shadow`` and what follows are those
-of a prepared bank (``fmkernels/ops/knn/bank.py``); the result does not depend on them.
+Rows whose score does not exceed ``floor`` (Q) may be left out. ``shadow`` and what follows are
+those of a prepared bank (``fmkernels/ops/knn/bank.py``); the result does not depend on them.
 """

@@ -46,15 +46,18 @@ class CpuPlan(NamedTuple):
     """For which the bank is gone through once."""
     chunk: int
     """Queries whose products and candidates are in memory at a time."""
+    first: int
+    """Rows of the first part of the bank, whose last candidates are scored together. Every further
+    part is as long as all before it."""
     rows: int
-    """Of a part of the bank, whose last candidates are scored together."""
+    """Of a part at most."""
     tile: int
     """Rows whose products are in memory at a time."""
     capacity: int
     """Candidates of a query in memory at a time."""
     crowd: int
-    """A query should have fewer candidates than one in so many rows: to score a row in float64 takes
-    that many times as long as a product in float32."""
+    """A query should have fewer candidates than one in so many rows: to score a row in float64
+    takes that many times as long as a product in float32."""
 
 
 def cpu_plan(
@@ -84,14 +87,18 @@ def cpu_plan(
     levels = levels or _levels(queries, dim, rows, k, bank, prepared)
     is_cast = copied or levels[0].shadow not in (bank, prepared)
     part = _in_buckets(PART_NUMBERS // max(dim, 1) if is_cast else PREPARED_ROWS, 1, 1024)
-    return CpuPlan(levels, 16384, chunk, max(part // tile, 1) * tile, tile, capacity, 16)
+    part = max(part // tile, 1) * tile
+    # the more a product leaves, the sooner it pays to know the scores of what there is
+    first = min(part, _in_buckets(4 * k, tile // BUCKET, 1024))
+    first = first if levels[0].product == torch.int8 else part
+    return CpuPlan(levels, 16384, chunk, first, part, tile, capacity, 16)
 
 
 def _few_levels(bank: torch.dtype, prepared: torch.dtype | None) -> tuple[Level, ...]:
     """The kernel reads what there is: the shorter its numbers are, the faster."""
     at_hand = [low for low in (torch.int8, torch.bfloat16) if low in (bank, prepared)]
     last = Level(torch.float32, torch.float32)
-    return tuple(Level(low, torch.float32) for low in at_hand[:1]) + (last,)
+    return (*(Level(low, torch.float32) for low in at_hand[:1]), last)
 
 
 def _levels(
@@ -99,9 +106,9 @@ def _levels(
 ) -> tuple[Level, ...]:
     worth = queries >= WORTH_A_CAST
     levels = []
-    if has_fast_int8() and dim in INT8_DIMS and (worth or prepared == torch.int8):
-        if rows >= ROWS_PER_NEIGHBOR * k or not worth:
-            levels.append(torch.int8)
+    int8_pays = rows >= ROWS_PER_NEIGHBOR * k if worth else prepared == torch.int8
+    if has_fast_int8() and dim in INT8_DIMS and int8_pays:
+        levels.append(torch.int8)
     if has_fast_bfloat16() and (worth or torch.bfloat16 in (bank, prepared)):
         levels.append(torch.bfloat16)
     return tuple(Level(low, low) for low in (*levels, torch.float32))

@@ -1,7 +1,7 @@
 """Exact nearest neighbours on a CPU: oneDNN's products, tile by tile, and our selection from them.
 
-``reference.py`` derives why that finds the nearest. The bank is gone through in parts. The rows of a
-part are cast, unless they are prepared, and multiplied with a chunk of queries a tile at a time,
+``reference.py`` derives why that finds the nearest. The bank is gone through in parts. The rows of
+a part are cast, unless they are prepared, and multiplied with a chunk of queries a tile at a time,
 which is looked at while it is in the cache; the candidates are scored before the next part, in
 which their scores are the threshold. Nothing that grows with the bank is allocated; ``config.py``
 has the sizes.
@@ -34,7 +34,7 @@ _search_part = native_function(
 )
 
 MANY = 1 / 4
-"""Of the queries of a chunk have too many candidates: a better product from the start is cheaper."""
+"""Of the queries of a chunk have too many candidates: a better product is cheaper from then on."""
 ROUNDED_FACTOR = 2.0**-8
 """Of float32 factors that a product may take as bfloat16; each loses half of that at most."""
 
@@ -57,7 +57,7 @@ class Shadow(NamedTuple):
 
 
 def shadow_of(rows: Tensor, dtype: torch.dtype, unit: bool = False) -> Shadow:
-    """Rows for a product in a dtype; at norm 1 even if they have it, where ``unit`` asks for that."""
+    """Rows for a product in a dtype; of norm 1 even if they have it, if ``unit`` asks for that."""
     wide = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32).contiguous()
     if rows.dtype == dtype and not unit:
         return Shadow(rows.contiguous(), _norms(wide), None, None)
@@ -90,7 +90,7 @@ def knn(
     search = _Search(queries, k, metric, precision, floor, plan)
     for block in _slices(len(queries), plan.queries):
         units = _Shadows(queries[block], None)
-        for part in _slices(len(bank), plan.rows):
+        for part in _parts(len(bank), plan.first, plan.rows):
             shadows = _Shadows(bank[part], prepared.part(part) if prepared else None)
             rows = bank[part].to(queries.dtype).contiguous()
             for chunk in _slices(block.stop - block.start, plan.chunk):
@@ -105,6 +105,14 @@ def knn(
 def _slices(length: int, step: int) -> Iterator[slice]:
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
+
+
+def _parts(length: int, first: int, most: int) -> Iterator[slice]:
+    """As long as all before them, from ``first`` on, and at most ``most``."""
+    start, stop = 0, min(first, length)
+    while start < length:
+        yield slice(start, stop)
+        start, stop = stop, min(length, stop + min(stop, most))
 
 
 class _Shadows:

@@ -31,8 +31,8 @@ b/‖b‖ in the sum, and σ for σ ‖b‖.
 For ``l2``, with half squared norms h = ‖b‖²/2, the row that is nearest maximises a u·b − h, since
 −‖q − b‖²/2 = a u·b − h − a²/2. Both parts are divided by S max(a, S), S the largest ‖b‖ of the
 tile, so that nothing overflows; point 5 counts 2⁻²¹ h in, 2⁻¹²⁰ covers what vanishes, and
-``(D + 8) 2⁻⁵⁰ (a² + S²)/2``, divided likewise, covers what the score itself loses in float64: where a
-is far above S it cannot tell rows apart that v can.
+``(D + 8) 2⁻⁵⁰ (a² + S²)/2``, divided likewise, covers what the score itself loses in float64: where
+a is far above S it cannot tell rows apart that v can.
 
 Where a float32 product is told to round its factors (``torch.set_float32_matmul_precision``), each
 loses 2⁻⁹ of its norm with bfloat16, and less with TF32: ``3 · 2⁻⁸ ‖û‖ ‖b̂‖`` more, generously.

@@ -106,10 +106,9 @@ def check_labels(op: str, labels: Any, bank: Tensor, num_classes: int | None) ->
                 f"{op}: labels: expected {num_classes or 'at least 1'} columns, one for each "
                 f"class, got shape {_checks.shape(labels)}"
             )
-        if labels.dtype.is_signed and not labels.dtype.is_floating_point and not labels.is_meta:
-            if (labels < 0).any():
-                least = int(labels.min())
-                raise ValueError(f"{op}: labels: expected counts >= 0, got {least}")
+        signed = labels.dtype.is_signed and not labels.dtype.is_floating_point
+        if signed and not labels.is_meta and (labels < 0).any():
+            raise ValueError(f"{op}: labels: expected counts >= 0, got {int(labels.min())}")
         return labels.shape[1]
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(
