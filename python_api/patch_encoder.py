@@ -67,7 +67,7 @@ def _tokens(op: str, output: Any, batch: int) -> tuple[Tensor, tuple[int, int] |
     if not isinstance(output, Tensor):
         raise TypeError(
             f"{op}: encoder: expected {expected}, got {type(output).__name__}; wrap it, as in "
-            "lambda images: model(images)[0]"
+            "lambda images: model(images)[0], after model.eval()"
         )
     if output.ndim not in (3, 4) or len(output) != batch or not output.is_floating_point():
         raise ValueError(

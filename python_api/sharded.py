@@ -42,7 +42,8 @@ def sharded_search(
 
     The bank is the shards one after the other, in the order of the ranks. Every process calls it
     with the same queries and gets what one process would with the whole bank, bit for bit: each
-    searches its own shard, and (Q, k) scores and indices of every process are exchanged.
+    searches its own shard, and (Q, k) scores and indices of every process are exchanged. Shards
+    with ``engine="faiss"`` give what faiss finds in each.
 
     Args:
         shard: this process's rows: a :class:`fmkernels.api.PatchIndex`, a bank that

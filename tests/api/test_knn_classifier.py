@@ -205,7 +205,12 @@ def test_refusals(monkeypatch):
         (features.long(), labels, TypeError, "features: expected a floating-point dtype"),
         (features.numpy().astype(int), labels, TypeError, "features: expected float16, .* int64"),
         (features.numpy().astype(str), labels, TypeError, "features: expected float16, "),
-        (features.tolist(), labels, TypeError, "features: expected a torch.Tensor, got list"),
+        (
+            features.tolist(),
+            labels,
+            TypeError,
+            "features: expected a torch.Tensor or NumPy array, got l",
+        ),
         (features[0], labels, ValueError, r"features: expected shape \(N, D\)"),
         (features[:0], labels[:0], ValueError, r"features: .* at least one row, got .*\(0, 24\)"),
         (features, labels[:-1], ValueError, r"labels: expected shape \(30,\), .*got \(29,\)"),

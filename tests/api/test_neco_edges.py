@@ -134,7 +134,7 @@ def test_without_a_queue_is_said_in_the_refusal():
         NeCoLoss(queue_size=0)
 
 
-@pytest.mark.parametrize("size", [np.int64(3), True])
+@pytest.mark.parametrize("size", [np.int64(3), np.uint8(3)])
 def test_sizes_are_any_integers(size):
     assert NeCoLoss(size, queue_size=None).grid_size == int(size)
 

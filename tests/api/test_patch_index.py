@@ -446,7 +446,7 @@ def test_settings_that_do_not_fit(settings, error, message):
         (np.zeros((3, 4), dtype=np.int32), TypeError, r"got int32; convert it with features\.as"),
         (np.zeros((3, 4), dtype=">f4"), TypeError, r"byte order, got >f4"),
         (np.zeros((3, 4), dtype=object), TypeError, r"got object"),
-        ([[0.0] * 4], TypeError, r"expected a torch.Tensor, got list"),
+        ([[0.0] * 4], TypeError, r"expected a torch.Tensor or NumPy array, got list"),
         (torch.zeros(3, 5), ValueError, r"expected rows of 4 numbers, got shape \(3, 5\)"),
         (torch.zeros(4), ValueError, r"expected shape \(M, D\), got \(4,\)"),
     ],
