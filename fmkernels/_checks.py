@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,12 +67,9 @@ def _refuse_tensor(op: str, argument: str, value: Any) -> None:
 
 def no_tensor(op: str, argument: str, value: Any) -> TypeError:
     """The error for what is no tensor, with the way from a NumPy array to one."""
-    hint = f"; convert it with torch.from_numpy({argument})" if _is_array(value) else ""
+    is_array = isinstance(value, np.ndarray)
+    hint = f"; convert it with torch.from_numpy({argument})" if is_array else ""
     return TypeError(f"{op}: {argument}: expected a torch.Tensor, got {type(value).__name__}{hint}")
-
-
-def _is_array(value: Any) -> bool:
-    return type(value).__module__ == "numpy" and hasattr(value, "ndim")
 
 
 def device(op: str, argument: str, value: Any) -> torch.device:

@@ -120,8 +120,9 @@ def test_arrays_where_tensors_are_wanted():
         patch_label_counts(np.zeros((1, 4, 4), dtype=np.int64), 2, (2, 2))
     with pytest.raises(TypeError, match=r"convert it with torch.from_numpy\(labels\)"):
         PatchMemory(torch.eye(2), np.ones((2, 3)))
-    with pytest.raises(TypeError, match=r"expected a torch.Tensor, got list$"):
-        fmkernels.knn([[1.0]], torch.ones(2, 1), 1)
+    for value, kind in (([[1.0]], "list"), (np.float32(1), "float32")):
+        with pytest.raises(TypeError, match=f"queries: expected a torch.Tensor, got {kind}$"):
+            fmkernels.knn(value, torch.ones(2, 1), 1)
     for use in (PatchIndex(1).add, lambda rows: rank_database(rows, torch.ones(2, 1))):
         with pytest.raises(TypeError, match=r"expected a torch.Tensor or NumPy array, got list$"):
             use([[1.0]])
