@@ -257,12 +257,13 @@ void search_part(
   const std::unique_ptr<KnnCandidate[]> pools(new KnnCandidate[query_count * capacity]);
   std::vector<int64_t> counts(query_count), scored(query_count);
   std::vector<float> thresholds(query_count);
+  const Tensor wide = torch::stable::to(queries, ScalarType::Double);
   for_type(rows, [&](auto zero) {
     using T = decltype(zero);
     const KnnPart<T> part{
         parsed, rescored, dim, k, row_count, first_row, data_of<const T>(rows),
         data_of<const double>(row_norms), bounds.sigma.data(), bounds.slack.data(),
-        bounds.half.data(), bounds.buckets.data(), bounds.scale, data_of<const T>(queries),
+        bounds.half.data(), bounds.buckets.data(), bounds.scale, data_of<const double>(wide),
         data_of<const double>(query_norms), data_or_null<const float>(unit_scales),
         data_or_null<const double>(floor),
         data_of<double>(scores), data_of<int64_t>(indices), data_of<int64_t>(candidates),

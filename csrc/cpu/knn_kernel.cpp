@@ -250,7 +250,8 @@ class Query {
   }
 
   double exact_score(int64_t j) const {
-    const T *query = part_.queries + q_ * part_.dim, *row = part_.rows + j * part_.dim;
+    const double* query = part_.wide_queries + q_ * part_.dim;
+    const T* row = part_.rows + j * part_.dim;
     if (part_.metric == Metric::l2) return -squared_distance(query, row, part_.dim);
     if (part_.metric == Metric::inner_product) return dot(query, row, part_.dim);
     const double row_norm = part_.row_norms[j];
@@ -425,7 +426,7 @@ struct Look {
       }
     }
     const int64_t k = part.k;
-    if (query.waiting() > 2 * k + 32) query.keep_few(scratch, k + k / 2 + 16);
+    if (query.waiting() > 2 * part.capacity / 3) query.keep_few(scratch, k + k / 2 + 16);
   }
 };
 

@@ -47,7 +47,7 @@ struct KnnPart {
   const KnnBucket* buckets;
   double scale;                       // S, the largest norm, for l2
 
-  const T* queries;                   // (queries, dim)
+  const double* wide_queries;         // (queries, dim), exactly as they are
   const double* query_norms;          // (queries)
   const float* query_scales;          // (queries) or null: what a product in int32 is multiplied by
   const double* floor;                // (queries) or null: what does not exceed it may be left out

@@ -33,13 +33,13 @@ FMKERNELS_INLINE double sum_in_lanes(int64_t n, const Term& term) {
   return sums[0];
 }
 
-template <class T>
-FMKERNELS_INLINE double dot(const T* a, const T* b, int64_t n) {
+template <class A, class B>
+FMKERNELS_INLINE double dot(const A* a, const B* b, int64_t n) {
   return sum_in_lanes(n, [=](int64_t d) { return double(a[d]) * double(b[d]); });
 }
 
 template <class T>
-FMKERNELS_INLINE double squared_distance(const T* a, const T* b, int64_t n) {
+FMKERNELS_INLINE double squared_distance(const double* a, const T* b, int64_t n) {
   return sum_in_lanes(n, [=](int64_t d) {
     const double difference = double(a[d]) - double(b[d]);
     return difference * difference;
@@ -72,7 +72,7 @@ FMKERNELS_INLINE double norm(const double* row, int64_t n) {
 }
 
 FMKERNELS_INLINE double cosine(
-    const float* a, const float* b, int64_t n, double norm_a, double norm_b) {
+    const double* a, const float* b, int64_t n, double norm_a, double norm_b) {
   return dot(a, b, n) / norm_a / norm_b;
 }
 
