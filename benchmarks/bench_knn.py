@@ -75,7 +75,7 @@ def test_what_label_propagation_adds_to_the_search(record):
 def test_time_alone_and_share_of_the_roofline(name, record, benchmark):
     workload = SHAPES[name]
     path = parity.check(workload, "faiss")["path"]
-    product = "bfloat16" if path.startswith("bfloat16") else "float32"
+    product = path if path in ("int8", "bfloat16") else "float32"
     with measure.watch_others() as watched:
         benchmark.pedantic(workload.step("fmkernels"), rounds=15, warmup_rounds=4)
     stats = benchmark.stats.stats

@@ -13,15 +13,17 @@ def roofline() -> dict[str, float]:
     """The best of this machine, measured in this run, with 2 threads.
 
     Returns:
-        ``operations_per_s`` of a float32 product, the same of a bfloat16 one, and
+        ``operations_per_s`` of a float32 product, the same of a bfloat16 and an int8 one, and
         ``bytes_per_s`` of a copy.
     """
     a, b = torch.randn(2, 2048, 2048).unbind()
     source, target = torch.randn(2, 2**26).unbind()
     halves = a.bfloat16(), b.bfloat16()
+    codes = [(30 * x).clamp(-127, 127).to(torch.int8) for x in (a, b)]
     return {
         "operations_per_s": 2 * 2048**3 / best(lambda: a @ b),
         "bfloat16_operations_per_s": 2 * 2048**3 / best(lambda: halves[0] @ halves[1]),
+        "int8_operations_per_s": 2 * 2048**3 / best(lambda: torch._int_mm(*codes)),
         "bytes_per_s": 2 * source.numel() * 4 / best(lambda: target.copy_(source)),
     }
 
@@ -32,7 +34,11 @@ def best(function: Callable[[], object]) -> float:
     return min(seconds(function) for _ in range(5))
 
 
-RATES = {"float32": "operations_per_s", "bfloat16": "bfloat16_operations_per_s"}
+RATES = {
+    "float32": "operations_per_s",
+    "bfloat16": "bfloat16_operations_per_s",
+    "int8": "int8_operations_per_s",
+}
 """Of a product, by its dtype."""
 
 

@@ -183,13 +183,13 @@ def test_workloads_have_one_name_each():
 def test_a_provider_that_takes_the_float32_path_leaves_everything_as_it_was():
     from knn.providers import PROVIDERS
 
-    from fmkernels.ops.knn import bank, config
+    from fmkernels.ops.knn import config
 
-    usual = config.has_fast_bfloat16
+    usual = config.has_fast_bfloat16, config.has_fast_int8
     queries, rows = torch.randn(2, 8), torch.randn(20, 8)
     search = PROVIDERS["fmkernels-float32"].searcher(rows, 3)
     assert search(queries, return_info=True)[2].path in ("float32", "reference")
-    assert config.has_fast_bfloat16 is bank.has_fast_bfloat16 is usual
+    assert (config.has_fast_bfloat16, config.has_fast_int8) == usual
 
 
 @pytest.mark.parametrize("ours", ["fmkernels", "fmkernels-unprepared", "fmkernels-float32"])

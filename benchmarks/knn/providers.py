@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 import fmkernels
 from fmkernels.api import PatchIndex
-from fmkernels.ops.knn import bank as preparation
 from fmkernels.ops.knn import config
 
 Search = Callable[..., Any]
@@ -41,22 +40,19 @@ def prepared(bank: Tensor, k: int) -> Search:
 
 
 def unprepared(bank: Tensor, k: int) -> Search:
-    """From the tensors as they are: the bank's norms and its bfloat16 are made every time."""
+    """From the tensors as they are: the bank's norms and its int8 are made every time."""
     return lambda queries, **options: fmkernels.knn(queries, bank, k, **options)
 
 
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """As on a CPU that does not multiply bfloat16."""
-    modules = (config, preparation)
-    usual = config.has_fast_bfloat16
-    for module in modules:
-        module.has_fast_bfloat16 = lambda: False
+    """As on a CPU that multiplies neither bfloat16 nor int8."""
+    usual = config.has_fast_bfloat16, config.has_fast_int8
+    config.has_fast_bfloat16 = config.has_fast_int8 = lambda: False
     try:
         yield
     finally:
-        for module in modules:
-            module.has_fast_bfloat16 = usual
+        config.has_fast_bfloat16, config.has_fast_int8 = usual
 
 
 def prepared_float32(bank: Tensor, k: int) -> Search:
