@@ -89,7 +89,7 @@ def check_temperature(op: str, temperature: Any) -> None:
 def check_labels(op: str, labels: Any, bank: Tensor, num_classes: int | None) -> int:
     """Refuse labels that do not fit the bank; returns the number of classes."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{op}: labels: expected a torch.Tensor, got {type(labels).__name__}")
+        raise _checks.no_tensor(op, "labels", labels)
     _checks.same_device(op, "labels", labels, "bank", bank)
     if labels.ndim not in (1, 2) or len(labels) != len(bank):
         raise ValueError(
