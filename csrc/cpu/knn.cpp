@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> shadow(const Tensor& rows, const Tens
 struct TileBounds {
   std::vector<float> sigma, slack, half;
   std::vector<KnnBucket> buckets;
-  double scale = 1;
+  double scale = 1, least_weight = std::numeric_limits<double>::infinity();
 
   // the norms between which no float32 that depends on them leaves its range
   static constexpr double smallest = 0x1p-100, largest = 0x1p120;
@@ -172,10 +172,12 @@ struct TileBounds {
       const bool measured = norm <= highest && lost <= largest && factor <= 1 / smallest;
       if (!measured) continue;
       const double bound = factor * (of_norm * shadow_norm + of_lost * lost + flushed);
+      least_weight = std::min(least_weight, factor * shadow_norm);
       sigma[j] = static_cast<float>(factor) * (scales == nullptr ? 1 : scales[j]);
       slack[j] = rescored ? static_cast<float>(1.000001 * bound + 0x1p-125) : 0;
       if (metric == Metric::l2) half[j] = static_cast<float>(0.5 * (norm / scale) * (norm / scale));
     }
+    if (!(least_weight < largest)) least_weight = 0;
     for (int64_t start = 0; start < rows; start += knn_bucket) {
       const int64_t stop = std::min(rows, start + knn_bucket);
       buckets.push_back(
@@ -250,10 +252,11 @@ void search_part(
       "knn: products: expected room for every query and row of a tile of whole buckets");
   if (query_count == 0 || row_count == 0) return;
   const Metric parsed = parse_metric(metric);
+  const double largest_residual = largest_finite(query_residuals);
   const TileBounds bounds(
       parsed, data_of<const double>(row_norms), data_or_null<const float>(row_residuals),
       data_or_null<const float>(shadow_scales), row_count, static_cast<double>(dim),
-      largest_finite(query_residuals), factor_rounding, rescored);
+      largest_residual, factor_rounding, rescored);
   const std::unique_ptr<KnnCandidate[]> pools(new KnnCandidate[query_count * capacity]);
   std::vector<int64_t> counts(query_count), scored(query_count);
   std::vector<float> thresholds(query_count);
@@ -264,7 +267,8 @@ void search_part(
         parsed, rescored, dim, k, row_count, first_row, data_of<const T>(rows),
         data_of<const double>(row_norms), bounds.sigma.data(), bounds.slack.data(),
         bounds.half.data(), bounds.buckets.data(), bounds.scale, data_of<const double>(wide),
-        data_of<const double>(query_norms), data_or_null<const float>(unit_scales),
+        data_of<const double>(query_norms), data_of<const float>(query_residuals), largest_residual,
+        bounds.least_weight, data_or_null<const float>(unit_scales),
         data_or_null<const double>(floor),
         data_of<double>(scores), data_of<int64_t>(indices), data_of<int64_t>(candidates),
         data_or_null<bool>(crowded), crowd, capacity, pools.get(), counts.data(), thresholds.data(),

@@ -17,7 +17,7 @@
 FMKERNELS_NAMESPACE_BEGIN
 namespace {
 
-constexpr int64_t block_bytes = int64_t{1} << 18;  // of rows that many queries share
+constexpr int64_t block_bytes = int64_t{1} << 19;  // of rows that many queries share
 
 // run(zero) with a zero of the type of a shadow, or of products.
 template <class Run>
@@ -126,6 +126,10 @@ class Query {
       // float64 rounds the sum of squares of which the score is made, too
       const double squares = norm_ * norm_ + part_.scale * part_.scale;
       bounds.lost = static_cast<float>(units_.rounding * units_.factor * squares) + 0x1p-120f;
+    }
+    if (part_.rescored) {
+      const double spared = part_.largest_residual - part_.query_residuals[q_];
+      bounds.lost -= bounds.alpha * static_cast<float>(spared * part_.least_weight);
     }
     bounds.scale = bounds.alpha * (type == Low::int8 ? part_.query_scales[q_] : 1);
     return bounds;
@@ -277,8 +281,8 @@ class Query {
 // The least product that may reach the threshold anywhere in a bucket; 0 if that is no positive one.
 template <bool squared, class P>
 float least_product(float threshold, KnnBucket bucket, QueryBounds query) {
-  float excess = threshold - query.alpha * bucket.slack;
-  if (squared) excess += (1 - 0x1p-20f) * (query.gamma * bucket.half) - 2 * query.lost;
+  float excess = threshold - query.alpha * bucket.slack - query.lost;
+  if (squared) excess += (1 - 0x1p-20f) * (query.gamma * bucket.half) - 0x1p-119f;
   const float largest = query.scale * bucket.sigma * (1 + query.rounding);
   const float least = excess / largest * (1 - 0x1p-20f);
   const float above = std::is_same_v<P, int32_t> ? 1 : 0x1p-100f;

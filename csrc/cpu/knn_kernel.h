@@ -49,6 +49,9 @@ struct KnnPart {
 
   const double* wide_queries;         // (queries, dim), exactly as they are
   const double* query_norms;          // (queries)
+  const float* query_residuals;       // (queries)
+  double largest_residual;            // for which slack is; and, over rows, the least that a slack
+  double least_weight;                // falls by for each unit that a residual is less
   const float* query_scales;          // (queries) or null: what a product in int32 is multiplied by
   const double* floor;                // (queries) or null: what does not exceed it may be left out
   double* best_scores;                // (queries, k), larger first, then the lower index

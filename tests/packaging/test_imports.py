@@ -115,5 +115,14 @@ def test_import_starts_nothing_and_needs_nothing_else(built, run_python):
     facts = json.loads(run_python("-c", IMPORT, path=built.installed).stdout.splitlines()[-1])
     assert facts["events"] == []
     assert facts["seconds"] < 1.0
-    optional = {"triton", "diffsort", "scipy", "sklearn", "matplotlib", "faiss", "safetensors", "tqdm"}
+    optional = {
+        "triton",
+        "diffsort",
+        "scipy",
+        "sklearn",
+        "matplotlib",
+        "faiss",
+        "safetensors",
+        "tqdm",
+    }
     assert not optional & set(facts["new"])

@@ -116,23 +116,33 @@ FMKERNELS_INLINE void narrow(float value, int8_t& narrowed) {
 // What a row of norm 1 is divided by to be written as integers from −127 to 127.
 template <class T>
 FMKERNELS_INLINE float scale_of_codes(const T* row, double norm, int64_t n) {
-  double largest = 0;
+  T largest = 0;
+#pragma omp simd reduction(max : largest)
   for (int64_t d = 0; d < n; ++d) {
-    const double size = __builtin_fabs(double(row[d]));
+    const T size = row[d] < 0 ? -row[d] : row[d];
     largest = size > largest ? size : largest;
   }
   const bool usable = largest > 0 && largest < INFINITY && norm < INFINITY;
-  return usable ? static_cast<float>(largest / norm / 127) * (1 + 0x1p-20f) : 1;
+  return usable ? static_cast<float>(double(largest) / norm / 127) * (1 + 0x1p-20f) : 1;
 }
 
 // Writes a row, scaled to norm 1, in low precision, in units of `scale`; returns the norm of what that lacks.
 template <class T, class P>
 FMKERNELS_INLINE double cast_unit(const T* row, double norm, float scale, int64_t n, P* shadow) {
   const double near = towards_one(norm), factor = norm > 0 ? 1 / (norm * near) / scale : 1;
+  // what is rounded need not be exact, but what is lost
+  const float quick = static_cast<float>(near * factor);
+  const bool quickly = sizeof(T) == sizeof(float) && quick > 0x1p-100f && quick < 0x1p100f;
+  if (quickly) {
+#pragma omp simd
+    for (int64_t d = 0; d < n; ++d) narrow(static_cast<float>(row[d]) * quick, shadow[d]);
+  } else {
+    for (int64_t d = 0; d < n; ++d) {
+      narrow(static_cast<float>(double(row[d]) * near * factor), shadow[d]);
+    }
+  }
   return scale * __builtin_sqrt(sum_in_lanes(n, [=](int64_t d) {
-    const double value = double(row[d]) * near * factor;
-    narrow(static_cast<float>(value), shadow[d]);
-    const double lost = value - double(widen(shadow[d]));
+    const double lost = double(row[d]) * near * factor - double(widen(shadow[d]));
     return lost * lost;
   }));
 }
@@ -153,10 +163,11 @@ struct Interval {
 template <bool squared, class P>
 FMKERNELS_INLINE Interval interval(P product, RowBounds row, int64_t j, QueryBounds query) {
   const float main = query.scale * (widen(product) * row.sigma[j]);
-  const float reach = query.alpha * row.slack[j] + query.rounding * __builtin_fabsf(main);
+  const float reach =
+      query.alpha * row.slack[j] + query.rounding * __builtin_fabsf(main) + query.lost;
   if (!squared) return {main, reach};
   const float half = query.gamma * row.half[j];
-  return {main - half, reach + 0x1p-21f * half + query.lost};
+  return {main - half, reach + 0x1p-21f * half};
 }
 
 FMKERNELS_NAMESPACE_END

@@ -32,7 +32,7 @@ class KNNInfo(NamedTuple):
 
     @property
     def fallbacks(self) -> int:
-        """Queries with so many candidates in some part of the bank that a better product followed."""
+        """Queries with so many candidates in a part of the bank that a better product followed."""
         return int((self.paths == reference.FELL_BACK).sum())
 
 
