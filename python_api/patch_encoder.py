@@ -119,7 +119,8 @@ def batches(
             if waiting:
                 yield _stacked(waiting)
                 waiting = []
-            yield image, mask
+            if len(image):
+                yield image, mask
             continue
         for single in [(image, mask)] if image.ndim == 3 else zip(image, mask, strict=True):
             pair = single if augment is None else _pair(op, augment(*single))

@@ -234,3 +234,13 @@ def test_the_image_whose_mask_is_out_of_range(fitted, epochs):
         segmenter.evaluate(pairs)
     with pytest.raises(ValueError, match=r"patch_label_counts: masks\[1\]: .* 255, got -3"):
         patch_label_counts(torch.tensor([[[0, 255]], [[1, -3]]]), 4, (1, 2))
+
+
+def test_an_empty_batch_adds_nothing():
+    images, masks = torch.rand(3, 3, 8, 8), torch.zeros(3, 8, 8).long()
+    encoder = torch.nn.PixelUnshuffle(4)
+    whole = PatchMemory.build(encoder, [(images, masks)], 3, progress=False)
+    empty = PatchMemory.build(
+        encoder, [(images[:0], masks[:0]), (images, masks)], 3, progress=False, num_images=3
+    )
+    assert len(empty) == len(whole)
