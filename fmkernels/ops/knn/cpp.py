@@ -124,7 +124,11 @@ class _Shadows:
 
     def of(self, dtype: torch.dtype, unit: bool = False) -> Shadow:
         if dtype not in self.made:
-            self.made[dtype] = shadow_of(self.rows, dtype, unit)
+            norms = next((made.norms for made in self.made.values()), None)
+            if norms is not None and self.rows.dtype == dtype and not unit:
+                self.made[dtype] = Shadow(self.rows.contiguous(), norms, None, None)
+            else:
+                self.made[dtype] = shadow_of(self.rows, dtype, unit)
         return self.made[dtype]
 
 
