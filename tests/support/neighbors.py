@@ -54,7 +54,7 @@ def check_exact(queries, bank, k, metric, scores, indices):
             same = exact[q, found[:-1]] == exact[q, found[1:]]
             exact_ties = same & (size[q, found[:-1]] == size[q, found[1:]])
             equal = [
-                np.array_equal(bank[a].numpy(), bank[b].numpy())
+                torch.equal(bank[a], bank[b])
                 for a, b in itertools.pairwise(found)
             ]
             tied = exact_ties & np.array(equal, dtype=bool)
