@@ -119,7 +119,7 @@ def exact_scores(queries: Tensor, rows: Tensor, metric: str, k: int = LAST) -> T
     kth = least.topk(min(k, len(rows))).values[:, -1:]
     pairs = (~(products + error < kth)).nonzero()
     products.fill_(torch.nan)
-    for q, r in (part.unbind(1) for part in pairs.split(TILE**2 // queries.shape[1] + 1)):
+    for q, r in (part.unbind(1) for part in pairs.split(TILE * 64 // queries.shape[1] + 1)):
         products[q, r] = (queries[q] * rows[r]).sum(dim=1)
     return products
 
