@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import parity
+from sort import parity
 from torch import Tensor
 from workloads import Sorting
 
