@@ -53,10 +53,7 @@ def check_exact(queries, bank, k, metric, scores, indices):
             assert (gap <= rounding).all(), f"query {q}: {found} instead of {order}"
             same = exact[q, found[:-1]] == exact[q, found[1:]]
             exact_ties = same & (size[q, found[:-1]] == size[q, found[1:]])
-            equal = [
-                torch.equal(bank[a], bank[b])
-                for a, b in itertools.pairwise(found)
-            ]
+            equal = [torch.equal(bank[a], bank[b]) for a, b in itertools.pairwise(found)]
             tied = exact_ties & np.array(equal, dtype=bool)
             assert (found[:-1] < found[1:])[tied].all(), f"query {q}: ties"
         sign = -1 if metric == "l2" else 1
