@@ -305,7 +305,7 @@ FMKERNELS_INLINE int16_t ordered_least(float least, const BFloat16*) {
 
 #if defined(__AVX512BW__)
 // A bit for each of so many products that is at least the limit, in one pass: the compiler finds no
-// such masks by itself, and to look for the few that are set took most of the comparison's time.
+// such masks by itself, and to look for the few that are set took a large part of the comparison's time.
 constexpr int64_t at_once = 32;
 FMKERNELS_INLINE uint32_t reaching(const BFloat16* products, int16_t limit) {
   return _mm512_cmpge_epi16_mask(_mm512_loadu_si512(products), _mm512_set1_epi16(limit));
