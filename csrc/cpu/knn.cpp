@@ -15,20 +15,21 @@
 
 namespace fmkernels {
 
-float kth_largest(float* values, int64_t n, int64_t k) {
-  std::nth_element(values, values + (k - 1), values + n, [](float a, float b) { return a > b; });
-  return values[k - 1];
-}
-
 namespace {
+
+bool is_before(double a, int64_t index_a, double b, int64_t index_b) {
+  return a != b ? a > b : index_a < index_b;
+}
 
 // A few new ones are cheaper put where they belong, one by one.
 void insert_found(KnnFound best, int64_t k, int64_t kept, KnnFound found, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const double score = found.scores[i];
     const auto above = [](double value, double kept_score) { return value > kept_score; };
-    const int64_t at =
-        std::upper_bound(best.scores, best.scores + kept, score, above) - best.scores;
+    int64_t at = std::upper_bound(best.scores, best.scores + kept, score, above) - best.scores;
+    while (at > 0 && is_before(score, found.indices[i], best.scores[at - 1], best.indices[at - 1])) {
+      --at;
+    }
     if (at == k) continue;
     kept = std::min(k, kept + 1);
     std::memmove(best.scores + at + 1, best.scores + at, (kept - at - 1) * sizeof(double));
@@ -48,7 +49,7 @@ void merge_found(KnnFound best, int64_t k, KnnFound found, int64_t count, KnnFou
   std::vector<std::pair<double, int64_t>> ordered(count);
   for (int64_t i = 0; i < count; ++i) ordered[i] = {found.scores[i], found.indices[i]};
   const auto before = [](const auto& a, const auto& b) {
-    return a.first != b.first ? a.first > b.first : a.second < b.second;
+    return is_before(a.first, a.second, b.first, b.second);
   };
   const int64_t useful = std::min(k, count);
   if (useful < count) {
@@ -57,9 +58,9 @@ void merge_found(KnnFound best, int64_t k, KnnFound found, int64_t count, KnnFou
   std::sort(ordered.begin(), ordered.begin() + useful, before);
   int64_t old = 0, fresh = 0, merged = 0;
   for (; merged < k && (old < kept || fresh < useful); ++merged) {
-    // those found before have the lower indices
     const bool take_old =
-        fresh == useful || (old < kept && best.scores[old] >= ordered[fresh].first);
+        fresh == useful || (old < kept && before(std::pair(best.scores[old], best.indices[old]),
+                                                 ordered[fresh]));
     spare.scores[merged] = take_old ? best.scores[old] : ordered[fresh].first;
     spare.indices[merged] = take_old ? best.indices[old] : ordered[fresh].second;
     ++(take_old ? old : fresh);
@@ -138,53 +139,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> shadow(const Tensor& rows, const Tens
   });
 }
 
-// What turns the products with a tile into intervals; see fmkernels/ops/knn/reference.py.
-struct TileBounds {
+// What turns the products with a part's rows into intervals.
+struct PartBounds {
   std::vector<float> sigma, slack, half;
   std::vector<KnnBucket> buckets;
   double scale = 1, least_weight = std::numeric_limits<double>::infinity();
 
-  // the norms between which no float32 that depends on them leaves its range
-  static constexpr double smallest = 0x1p-100, largest = 0x1p120;
-
-  TileBounds(
-      Metric metric, const double* norms, const float* residuals, const float* scales,
-      int64_t rows, double dim, double query_residual, double factor_rounding, bool rescored)
-      : sigma(rows, 0), slack(rows, std::numeric_limits<float>::infinity()), half(rows, 0) {
-    const bool unit = residuals != nullptr;
-    if (metric == Metric::l2) {
-      scale = smallest;
-      for (int64_t j = 0; j < rows; ++j) {
-        if (norms[j] <= largest) scale = std::max(scale, norms[j]);
+  template <class T>
+  PartBounds(const KnnKernels<T>& kernels, KnnRows rows, int64_t count, KnnErrors errors)
+      : sigma(count), slack(count), half(count), buckets((count + knn_bucket - 1) / knn_bucket) {
+    if (errors.metric == Metric::l2) scale = kernels.largest_norm(rows, count);
+    const KnnRowBounds bounds{sigma.data(), slack.data(), half.data()};
+    std::vector<double> weights(buckets.size());
+    torch::stable::parallel_for(0, buckets.size(), 16, [&](int64_t first, int64_t last) {
+      for (int64_t bucket = first; bucket < last; ++bucket) {
+        const int64_t start = bucket * knn_bucket, stop = std::min(count, start + knn_bucket);
+        buckets[bucket] =
+            kernels.row_bounds(rows, errors, scale, start, stop, bounds, &weights[bucket]);
       }
-    }
-    // the points of the derivation, by what they multiply
-    const double grown = 1 + query_residual, summed = dim * 0x1p-22, flushed = dim * 0x1p-125;
-    const double of_lost = grown * (1 + summed + 3 * factor_rounding);
-    const double of_norm =
-        query_residual + grown * (summed + 3 * factor_rounding) + flushed + 0x1p-20;
-    const double highest =
-        metric == Metric::cosine && unit ? std::numeric_limits<double>::max() : largest;
-    for (int64_t j = 0; j < rows; ++j) {
-      const double norm = norms[j], shadow_norm = unit ? 1 : norm, lost = unit ? residuals[j] : 0;
-      double factor = (unit ? norm : 1) / scale;
-      if (metric == Metric::cosine) factor = norm > 0 ? 1 / shadow_norm : 0;
-      const bool measured = norm <= highest && lost <= largest && factor <= 1 / smallest;
-      if (!measured) continue;
-      const double bound = factor * (of_norm * shadow_norm + of_lost * lost + flushed);
-      least_weight = std::min(least_weight, factor * shadow_norm);
-      sigma[j] = static_cast<float>(factor) * (scales == nullptr ? 1 : scales[j]);
-      slack[j] = rescored ? static_cast<float>(1.000001 * bound + 0x1p-125) : 0;
-      if (metric == Metric::l2) half[j] = static_cast<float>(0.5 * (norm / scale) * (norm / scale));
-    }
-    if (!(least_weight < largest)) least_weight = 0;
-    for (int64_t start = 0; start < rows; start += knn_bucket) {
-      const int64_t stop = std::min(rows, start + knn_bucket);
-      buckets.push_back(
-          {*std::max_element(&sigma[start], &sigma[0] + stop),
-           *std::max_element(&slack[start], &slack[0] + stop),
-           *std::min_element(&half[start], &half[0] + stop)});
-    }
+    });
+    for (double weight : weights) least_weight = std::min(least_weight, weight);
+    if (std::isinf(least_weight)) least_weight = 0;
   }
 };
 
@@ -223,6 +198,11 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // owns what the call returned
 }
 
+bool can_fuse(Low type) {
+  if (type == Low::int8 && !__builtin_cpu_supports("avx512vnni")) return false;
+  return knn_kernels<float>().fuses(type);
+}
+
 // For so many queries a matrix product takes longer to prepare than to compute.
 constexpr int64_t few_queries = 4;
 
@@ -235,7 +215,7 @@ void search_part(
     std::optional<Tensor> row_residuals, int64_t first_row, std::string metric, bool rescored,
     double factor_rounding, std::optional<Tensor> floor, Tensor scores, Tensor indices,
     Tensor candidates, std::optional<Tensor> crowded, int64_t crowd, int64_t tile_rows,
-    int64_t capacity, Tensor products) {
+    int64_t capacity, int64_t vectors, Tensor products) {
   const int64_t row_count = rows.size(0), dim = rows.size(1), query_count = queries.size(0);
   const int64_t k = scores.size(1);
   const Low type = low_type(products), shadow_type = low_type(shadow);
@@ -250,30 +230,33 @@ void search_part(
           products.numel() >= query_count * tile_rows && tile_rows % knn_bucket == 0 &&
           capacity >= k + 64,
       "knn: products: expected room for every query and row of a tile of whole buckets");
+  STD_TORCH_CHECK(
+      vectors == 0 || few || can_fuse(type),
+      "knn: no products of this type are compared as they are made on this machine");
   if (query_count == 0 || row_count == 0) return;
   const Metric parsed = parse_metric(metric);
   const double largest_residual = largest_finite(query_residuals);
-  const TileBounds bounds(
-      parsed, data_of<const double>(row_norms), data_or_null<const float>(row_residuals),
-      data_or_null<const float>(shadow_scales), row_count, static_cast<double>(dim),
-      largest_residual, factor_rounding, rescored);
+  const KnnRows known{
+      data_of<const double>(row_norms), data_or_null<const float>(row_residuals),
+      data_or_null<const float>(shadow_scales)};
+  const KnnErrors errors{
+      parsed, rescored, static_cast<double>(dim), largest_residual, factor_rounding};
   const std::unique_ptr<KnnCandidate[]> pools(new KnnCandidate[query_count * capacity]);
-  std::vector<int64_t> counts(query_count), scored(query_count);
-  std::vector<float> thresholds(query_count);
+  std::vector<KnnState> states(query_count);
   const Tensor wide = torch::stable::to(queries, ScalarType::Double);
   for_type(rows, [&](auto zero) {
     using T = decltype(zero);
+    const KnnKernels<T>& kernels = knn_kernels<T>();
+    const PartBounds bounds(kernels, known, row_count, errors);
     const KnnPart<T> part{
-        parsed, rescored, dim, k, row_count, first_row, data_of<const T>(rows),
-        data_of<const double>(row_norms), bounds.sigma.data(), bounds.slack.data(),
+        parsed, rescored, rescored && shadow_type == Low::int8, dim, k, row_count, first_row,
+        data_of<const T>(rows), data_of<const double>(row_norms), bounds.sigma.data(), bounds.slack.data(),
         bounds.half.data(), bounds.buckets.data(), bounds.scale, data_of<const double>(wide),
         data_of<const double>(query_norms), data_of<const float>(query_residuals), largest_residual,
         bounds.least_weight, data_or_null<const float>(unit_scales),
         data_or_null<const double>(floor),
         data_of<double>(scores), data_of<int64_t>(indices), data_of<int64_t>(candidates),
-        data_or_null<bool>(crowded), crowd, capacity, pools.get(), counts.data(), thresholds.data(),
-        scored.data()};
-    const KnnKernels<T>& kernels = knn_kernels<T>();
+        data_or_null<bool>(crowded), crowd, capacity, pools.get(), states.data()};
     const size_t bytes = static_cast<size_t>(kernels.scratch_bytes(k, capacity, tile_rows));
     const auto for_queries = [&](const auto& run) {
       torch::stable::parallel_for(0, query_count, 4, [&](int64_t first, int64_t last) {
@@ -281,7 +264,10 @@ void search_part(
       });
     };
     kernels.begin(part, 0, query_count);
-    for (int64_t start = 0; start < row_count; start += tile_rows) {
+    const auto is_open = [](const KnnState& state) { return state.threshold == -INFINITY; };
+    const bool open = std::any_of(states.begin(), states.end(), is_open);
+    const int64_t fused_from = few || vectors == 0 ? row_count : open ? tile_rows : 0;
+    for (int64_t start = 0; start < std::min(row_count, fused_from); start += tile_rows) {
       const int64_t count = std::min(tile_rows, row_count - start);
       const Tensor out = torch::stable::view(
           torch::stable::narrow(products, 0, 0, query_count * count), {query_count, count});
@@ -297,6 +283,20 @@ void search_part(
       const KnnProducts tile{out.data_ptr(), type, start, count};
       for_queries([&](int64_t first, int64_t last, void* scratch) {
         kernels.collect(part, tile, first, last, scratch);
+      });
+    }
+    if (fused_from < row_count) {
+      const int most = static_cast<int>(std::min<int64_t>(vectors, kernels.most_vectors));
+      const int64_t width = most * kernels.lanes;
+      const int64_t groups = (query_count + width - 1) / width;
+      torch::stable::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
+        first *= width;
+        last = std::min(last * width, query_count);
+        const int64_t needed = kernels.fused_bytes(part, type, last - first, most);
+        const ThreadScratch scratch(static_cast<size_t>(needed));
+        kernels.search_fused(
+            part, units.data_ptr(), shadow.data_ptr(), type, fused_from, most, first, last,
+            scratch.memory());
       });
     }
     for_queries([&](int64_t first, int64_t last, void* scratch) {

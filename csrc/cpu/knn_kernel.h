@@ -17,6 +17,24 @@ struct KnnBucket {
   float sigma, slack, half;  // the largest, the largest, the smallest
 };
 
+// What is known of the rows of a part.
+struct KnnRows {
+  const double* norms;
+  const float *residuals, *scales;  // or null: see fmkernels/ops/knn/cpp.py
+};
+
+// What a product may lose, apart from what each row does.
+struct KnnErrors {
+  Metric metric;
+  bool rescored;
+  double dim, query_residual, factor_rounding;
+};
+
+// To be written, see fmkernels/knn.h.
+struct KnnRowBounds {
+  float *sigma, *slack, *half;
+};
+
 // A row that may be among the nearest: between which ends its score lies, and then the score.
 struct KnnCandidate {
   union {
@@ -26,6 +44,13 @@ struct KnnCandidate {
     double score;
   };
   int64_t row;
+};
+
+// A query's threshold and pool.
+struct KnnState {
+  float threshold;
+  int64_t count, kept;  // candidates that wait, and how many did when they were last looked at
+  int64_t scored;       // of this part's
 };
 
 struct KnnFound {
@@ -38,6 +63,7 @@ template <class T>
 struct KnnPart {
   Metric metric;
   bool rescored;                      // else the products themselves are the scores
+  bool score_early;                   // the ends of a product tell too little of the order
   int64_t dim, k;
 
   int64_t row_count, first_row;       // and the number of the first in the bank
@@ -63,9 +89,7 @@ struct KnnPart {
   // candidates that wait to be scored
   int64_t capacity;
   KnnCandidate* pools;                // (queries, capacity)
-  int64_t* counts;                    // (queries)
-  float* thresholds;                  // (queries)
-  int64_t* scored;                    // (queries), how many of this part's have been scored
+  KnnState* states;                   // (queries)
 };
 
 // The products of all queries with `count` rows of a part, from `start` on.
@@ -75,11 +99,8 @@ struct KnnProducts {
   int64_t start, count;
 };
 
-// The best k of what was found and `count` new ones, which come in the order of their indices.
+// The best k of what was found and `count` new ones, larger first, then the lower index.
 void merge_found(KnnFound best, int64_t k, KnnFound found, int64_t count, KnnFound spare);
-
-// The k-th largest of n numbers, which change places.
-float kth_largest(float* values, int64_t n, int64_t k);
 
 template <class T>
 struct KnnKernels {
@@ -92,11 +113,23 @@ struct KnnKernels {
   void (*multiply_few)(
       const float* units, int64_t queries, const void* shadow, Low type, int64_t first,
       int64_t last, int64_t dim, int64_t stride, float* products);
+  double (*largest_norm)(KnnRows, int64_t count);
+  KnnBucket (*row_bounds)(
+      KnnRows, KnnErrors, double scale, int64_t start, int64_t stop, KnnRowBounds,
+      double* least_weight);
   int64_t (*scratch_bytes)(int64_t k, int64_t capacity, int64_t count);
   // for queries [first, last): before, for, and after the products with a part
   void (*begin)(const KnnPart<T>&, int64_t first, int64_t last);
   void (*collect)(
       const KnnPart<T>&, const KnnProducts&, int64_t first, int64_t last, void* scratch);
+  // the same with no products in memory, where there are such of a type: queries come in groups of
+  // so many registers of so many lanes, and rows from `start` on, where a bucket begins
+  bool (*fuses)(Low type);
+  int lanes, most_vectors;
+  int64_t (*fused_bytes)(const KnnPart<T>&, Low type, int64_t queries, int vectors);
+  void (*search_fused)(
+      const KnnPart<T>&, const void* units, const void* shadow, Low type, int64_t start,
+      int vectors, int64_t first, int64_t last, void* scratch);
   void (*finish)(const KnnPart<T>&, int64_t first, int64_t last, void* scratch);
 };
 

@@ -20,7 +20,7 @@ needs_kernel = pytest.mark.skipif(_library.native is None, reason="needs the ext
 
 INT8, BF16, F32 = (Level(x, x) for x in (torch.int8, torch.bfloat16, torch.float32))
 SMALL_TILES = CpuPlan(
-    (INT8, BF16, F32), 7, chunk=5, first=20, rows=37, tile=256, capacity=200, crowd=10**9
+    (INT8, BF16, F32), 7, chunk=5, rows=37, tile=256, capacity=200, crowd=10**9
 )
 PLANS = {
     "int8": SMALL_TILES,
@@ -33,8 +33,17 @@ PLANS = {
         levels=(Level(torch.int8, torch.float32), F32), chunk=3
     ),
     "one part": CpuPlan(
-        (INT8, BF16, F32), 100, 100, first=2048, rows=2048, tile=512, capacity=150, crowd=16
+        (INT8, BF16, F32), 100, 100, rows=2048, tile=512, capacity=150, crowd=16
     ),
+}
+FUSED = CpuPlan(
+    (INT8._replace(vectors=2), F32._replace(vectors=1)), 100, 100, 300, 256, capacity=150, crowd=16
+)
+PLANS |= {
+    "fused": FUSED,
+    "fused, wide": FUSED._replace(levels=(INT8._replace(vectors=4), F32._replace(vectors=3))),
+    "fused, float32": FUSED._replace(levels=(F32._replace(vectors=4),), chunk=21),
+    "fused, full pools": FUSED._replace(levels=(INT8._replace(vectors=4), F32), capacity=130),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
@@ -42,9 +51,12 @@ every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def always(plan):
     """The plan for any problem; without int8 where the rows are too short for it."""
 
+    def can(level):
+        return level.vectors if config._is_fused(level.product) else 0
+
     def cpu_plan(queries, dim, *_):
         levels = plan.levels if dim in config.INT8_DIMS else (plan.levels[-1],)
-        return plan._replace(levels=levels)
+        return plan._replace(levels=tuple(x._replace(vectors=can(x)) for x in levels))
 
     return cpu_plan
 
@@ -78,6 +90,20 @@ def test_hard_banks(use, plan, metric, kind):
     ):
         q, b = problem(kind, seed, queries, rows, dim)
         check_exact(q, b, k, metric, *fmkernels.knn(q, b, k, metric=metric))
+
+
+@every_metric
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("queries", "rows", "dim"), [(17, 257, 16), (65, 1500, 33), (130, 770, 100), (64, 6, 384)]
+)
+def test_groups_and_panels_of_every_size(use, metric, vectors, queries, rows, dim):
+    for level in (INT8, F32):
+        levels = (level._replace(vectors=vectors), F32)
+        use(FUSED._replace(levels=levels, queries=200, chunk=130, rows=1024, crowd=10**9))
+        q, b = torch.randn(queries, dim), torch.randn(rows, dim)
+        b[::3] *= 10
+        check_exact(q, b, 20, metric, *fmkernels.knn(q, b, 20, metric=metric))
 
 
 @given(
@@ -193,7 +219,7 @@ def test_products_err_less_than_the_bound(dtype, dim, precision):
 @every_metric
 def test_rounding_that_turns_the_order_round(use, metric, name):
     """Problems that come near the bound: with less of it, these fail."""
-    use(PLANS["bfloat16"]._replace(first=1, rows=1))
+    use(PLANS["bfloat16"]._replace(rows=1))
     queries, rows = (torch.from_numpy(x).float() for x in getattr(neighbors, name)())
     products = torch.mm(queries.bfloat16(), rows.bfloat16().mT)
     assert products.argmax() == 1  # that product would choose the other
@@ -201,6 +227,24 @@ def test_rounding_that_turns_the_order_round(use, metric, name):
         bank = rows[order]
         check_exact(queries, bank, 1, metric, *fmkernels.knn(queries, bank, 1, metric=metric))
         assert order[fmkernels.knn(queries, bank, 1, metric=metric)[1].item()] == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["losing_the_row_in_int8", "losing_the_query_in_int8"])
+@pytest.mark.parametrize("vectors", [0, 1])
+@every_metric
+def test_int8_that_turns_the_order_round(use, metric, vectors, name):
+    """With half of either residual in the bound, these fail."""
+    use(PLANS["int8"]._replace(levels=(INT8._replace(vectors=vectors), F32), rows=1))
+    q, rows = (torch.from_numpy(x) for x in getattr(neighbors, name)())
+    q, rows = reference.unit(q).float(), reference.unit(rows).float()
+    codes = [torch.round(x / x.abs().amax(1, keepdim=True) * 127) for x in (q, rows)]
+    products = codes[0] @ codes[1].mT * rows.abs().amax(1)
+    assert products.argmax() == 1  # that product would choose the other
+    for order in ([0, 1], [1, 0]):
+        q5 = q.expand(5, -1)  # more than the kernel multiplies in float32
+        found = fmkernels.knn(q5, rows[order], 1, metric=metric)[1]
+        assert [order[i] for i in found.flatten()] == [0] * 5
 
 
 @needs_kernel
@@ -305,7 +349,7 @@ def test_fast_is_near(metric):
 @every_metric
 def test_a_better_product_finds_no_row_twice(use, metric):
     """The crowd is noticed after some candidates have been scored and kept."""
-    use(PLANS["one part"]._replace(first=4096, rows=4096, capacity=1200))
+    use(PLANS["one part"]._replace(rows=4096, capacity=1200))
     q, b = torch.randn(20, 33), torch.randn(1, 33) + 1e-7 * torch.randn(4000, 33)
     scores, indices, info = fmkernels.knn(q, b, 300, metric=metric, return_info=True)
     assert info.fallbacks > 0
@@ -460,7 +504,7 @@ def test_plans(monkeypatch, fast, prepared):
                 assert plan.rows % plan.tile == plan.tile % config.BUCKET == 0
                 assert 1 <= plan.chunk <= plan.queries
                 assert plan.capacity >= k + 64
-                assert plan.levels[-1] == F32  # which takes whatever the others leave
+                assert plan.levels[-1][:2] == F32[:2]  # which takes whatever the others leave
                 if queries <= config.FEW_QUERIES:
                     assert all(level.product == torch.float32 for level in plan.levels)
                     continue

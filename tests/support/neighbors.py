@@ -201,6 +201,30 @@ def losing_what_tells_rows_apart(dim=128):
     return query[None], np.array([nearest, other])
 
 
+CODE = 1 / 127
+"""A step of int8 where the largest entry is 1."""
+
+
+def losing_the_row_in_int8(dim=64):
+    """A row that loses 0.495 steps in every entry that the query adds up, and one that gains them.
+
+    Half of what it loses would put it below the other one.
+    """
+    sees = np.concatenate([np.ones(dim), [0.0]])
+    nearest, other = np.full(dim + 1, 2.495 * CODE), np.full(dim + 1, 2.0 * CODE)
+    other[: 6 * dim // 10] = 2.505 * CODE
+    nearest[-1] = other[-1] = 1
+    return sees[None], np.array([nearest, other])
+
+
+def losing_the_query_in_int8(dim=64):
+    """A query that loses 0.495 steps in every entry of its nearest row, and none in another's."""
+    query = np.concatenate([np.full(dim, 2.495 * CODE), [19 * CODE, 1.0]])
+    nearest = np.concatenate([np.full(dim, dim**-0.5), [0.0, 0.0]])
+    other = np.concatenate([np.zeros(dim), [1.0, 0.0]])
+    return query[None], np.array([nearest, other])
+
+
 def rounded_scores(rng, rows=300, dim=64):
     """Factors that bfloat16 has, and scores that differ by less than it has at their size."""
     query = np.full(dim, 1 / 8)

@@ -86,7 +86,8 @@ struct Vec {
 
   Vec() = default;
   FMKERNELS_INLINE Vec(Values values) : native(values) {}
-  FMKERNELS_INLINE explicit Vec(T value) : native(Values{} + value) {}
+  // not 0 + value, which would be an addition, for the sake of −0
+  FMKERNELS_INLINE explicit Vec(T value) : native(value - Values{}) {}
 
   FMKERNELS_INLINE friend Vec operator+(Vec a, Vec b) { return a.native + b.native; }
   FMKERNELS_INLINE friend Vec operator-(Vec a, Vec b) { return a.native - b.native; }

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fmkernels import _library
+
 PRODUCTS = 2**20
 """In memory at a time: they should stay in the cache until they have been looked at."""
 BUCKET = 256
@@ -17,6 +19,14 @@ PREPARED_ROWS = 2**18
 """Of a part that is not."""
 POOLED = 2**21
 """Candidates in memory at a time, of 16 bytes each."""
+CHUNK = 1024
+"""Queries that are searched for together: their products fit, and packed ones stay in the cache."""
+GROUP = 64
+"""Queries that the kernel multiplies a row with at most."""
+LANES = {"avx2": 8, "avx512": 16}
+"""Queries in a register, where the kernel's own products are as fast as oneDNN's."""
+MOST_VECTORS = 4
+"""Registers of queries that the kernel multiplies a row with, or fewer where it has fewer."""
 FEW_QUERIES = 4
 """For which the kernel has products of its own, of float32 with bfloat16 or float32."""
 WORTH_A_CAST = 64
@@ -35,6 +45,9 @@ class Level(NamedTuple):
     """Of the bank: int8, bfloat16 or float32."""
     product: torch.dtype
     """Of the queries; the same, or float32 where the kernel multiplies a few queries itself."""
+    vectors: int = 0
+    """Registers of queries whose products are compared as they are made; 0 for products that
+    oneDNN makes first."""
 
 
 class CpuPlan(NamedTuple):
@@ -46,11 +59,8 @@ class CpuPlan(NamedTuple):
     """For which the bank is gone through once."""
     chunk: int
     """Queries whose products and candidates are in memory at a time."""
-    first: int
-    """Rows of the first part of the bank, whose last candidates are scored together. Every further
-    part is as long as all before it."""
     rows: int
-    """Of a part at most."""
+    """Of a part of the bank, whose last candidates are scored together."""
     tile: int
     """Rows whose products are in memory at a time."""
     capacity: int
@@ -81,17 +91,48 @@ def cpu_plan(
         copied: whether the rows of a part have to be copied to be scored in float64.
     """
     capacity = 3 * k + 256
-    chunk = max(1, min(queries, 1024, max(POOLED // capacity, 1)))
+    chunk = _chunk(queries, max(1, min(CHUNK, POOLED // capacity)))
     tile = _in_buckets(PRODUCTS // chunk, 1, 64)
     levels = _few_levels(bank, prepared) if queries <= FEW_QUERIES else ()
     levels = levels or _levels(queries, dim, rows, k, bank, prepared)
     is_cast = copied or levels[0].shadow not in (bank, prepared)
     part = _in_buckets(PART_NUMBERS // max(dim, 1) if is_cast else PREPARED_ROWS, 1, 1024)
     part = max(part // tile, 1) * tile
-    # the more a product leaves, the sooner it pays to know the scores of what there is
-    first = min(part, _in_buckets(4 * k, tile // BUCKET, 1024))
-    first = first if levels[0].product == torch.int8 else part
-    return CpuPlan(levels, 16384, chunk, first, part, tile, capacity, 16)
+    levels = tuple(level._replace(vectors=vectors(level, chunk)) for level in levels)
+    return CpuPlan(levels, 16384, chunk, part, tile, capacity, 16)
+
+
+def _chunk(queries: int, most: int) -> int:
+    """Chunks of nearly the same size: whole groups of the kernel, if there is more than one."""
+    chunks = -(-queries // most)
+    if chunks <= 1:
+        return max(queries, 1)
+    even = -(-queries // chunks)
+    return min(most, -(-even // GROUP) * GROUP)
+
+
+def vectors(level: Level, queries: int) -> int:
+    """For how many registers of queries the kernel compares a level's products as it makes them.
+
+    It shares out whole registers to the threads: with fewer, oneDNN's products are faster.
+    """
+    if level.product != level.shadow or queries <= FEW_QUERIES or not _is_fused(level.product):
+        return 0
+    lanes = LANES[_instruction_set()] * torch.get_num_threads()
+    return 0 if queries < lanes else min(queries // lanes, MOST_VECTORS)
+
+
+def _is_fused(product: torch.dtype) -> bool:
+    """Whether the kernel has products of its own of this dtype, and nothing faster is there."""
+    if product == torch.int8:
+        has_it = torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
+        return has_it and _instruction_set() == "avx512"
+    return product == torch.float32 and _instruction_set() in LANES
+
+
+@functools.cache
+def _instruction_set() -> str:
+    return "none" if _library.native is None else _library.native.cpu_isa()
 
 
 def _few_levels(bank: torch.dtype, prepared: torch.dtype | None) -> tuple[Level, ...]:

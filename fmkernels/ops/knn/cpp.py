@@ -30,7 +30,7 @@ _search_part = native_function(
     " Tensor query_residuals, Tensor shadow, Tensor? shadow_scales, Tensor rows, Tensor row_norms,"
     " Tensor? row_residuals, int first_row, str metric, bool rescored, float factor_rounding,"
     " Tensor? floor, Tensor(a!) scores, Tensor(b!) indices, Tensor(c!) candidates,"
-    " Tensor(d!)? crowded, int crowd, int tile_rows, int capacity, Tensor(e!) products) -> ()",
+    " Tensor(d!)? crowded, int crowd, int tile_rows, int capacity, int vectors, Tensor(e!) products) -> ()",
 )
 
 MANY = 1 / 4
@@ -90,7 +90,7 @@ def knn(
     search = _Search(queries, k, metric, precision, floor, plan)
     for block in _slices(len(queries), plan.queries):
         units = _Shadows(queries[block], None)
-        for part in _parts(len(bank), plan.first, plan.rows):
+        for part in _slices(len(bank), plan.rows):
             shadows = _Shadows(bank[part], prepared.part(part) if prepared else None)
             rows = bank[part].to(queries.dtype).contiguous()
             for chunk in _slices(block.stop - block.start, plan.chunk):
@@ -105,14 +105,6 @@ def knn(
 def _slices(length: int, step: int) -> Iterator[slice]:
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
-
-
-def _parts(length: int, first: int, most: int) -> Iterator[slice]:
-    """As long as all before them, from ``first`` on, and at most ``most``."""
-    start, stop = 0, min(first, length)
-    while start < length:
-        yield slice(start, stop)
-        start, stop = stop, min(length, stop + min(stop, most))
 
 
 class _Shadows:
@@ -192,7 +184,7 @@ class _Search:
         level: int,
         crowded: Tensor | None,
     ) -> None:
-        dtype, product = self.plan.levels[level]
+        dtype, product, vectors = self.plan.levels[level]
         if product not in self.products:
             result = torch.int32 if product == torch.int8 else product
             self.products[product] = torch.empty(self.plan.chunk * self.plan.tile, dtype=result)
@@ -227,6 +219,7 @@ class _Search:
             len(rows) // self.plan.crowd + 4 * self.found[0].shape[1] + 256,
             self.plan.tile,
             self.plan.capacity,
+            vectors,
             self.products[product],
         )
         if isinstance(chosen, Tensor):  # which took copies
