@@ -1,4 +1,4 @@
-// What fmkernels/ops/knn/cpp.py is made of: norms, residual norms, and the selection from a tile.
+// What fmkernels/ops/knn/cpp.py is made of: norms, shadows, and the search of a part of the bank.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -27,8 +27,7 @@ constexpr int most_vectors = 4;
 #else
 constexpr int most_vectors = 2;
 #endif
-constexpr int panel_rows = 6, bucket_rest = knn_bucket % panel_rows;
-constexpr int lane_count = floats;
+constexpr int lane_count = floats, panel_rows = 6, bucket_rest = knn_bucket % panel_rows;
 
 // A bit for each lane whose value is not below its limit, or is no number.
 FMKERNELS_INLINE uint64_t reaching(Register values, Register limits) {

@@ -1,7 +1,7 @@
 // The CPU loops of exact nearest neighbours, compiled once per instruction set. A query's products
-// are compared with its threshold, many at a time; the rows that reach it wait in a pool, which
-// raises the threshold, and what is left of them after a part of the bank is scored in float64.
-// docs/kernels/cpu.md counts it.
+// are compared with its threshold, in registers (knn_fused.h) or in memory (knn_look.h); the rows that
+// reach it wait in a pool (knn_query.h), which raises the threshold, and what is left of them after a
+// part of the bank is scored in float64. docs/kernels/cpu.md counts it.
 #include "knn_kernel.h"
 
 #include <cmath>

@@ -19,9 +19,7 @@ every_metric = pytest.mark.parametrize("metric", METRICS)
 needs_kernel = pytest.mark.skipif(_library.native is None, reason="needs the extension")
 
 INT8, BF16, F32 = (Level(x, x) for x in (torch.int8, torch.bfloat16, torch.float32))
-SMALL_TILES = CpuPlan(
-    (INT8, BF16, F32), 7, chunk=5, rows=37, tile=256, capacity=200, crowd=10**9
-)
+SMALL_TILES = CpuPlan((INT8, BF16, F32), 7, chunk=5, rows=37, tile=256, capacity=200, crowd=10**9)
 PLANS = {
     "int8": SMALL_TILES,
     "bfloat16": SMALL_TILES._replace(levels=(BF16, F32)),
@@ -32,9 +30,7 @@ PLANS = {
     "few queries, int8": SMALL_TILES._replace(
         levels=(Level(torch.int8, torch.float32), F32), chunk=3
     ),
-    "one part": CpuPlan(
-        (INT8, BF16, F32), 100, 100, rows=2048, tile=512, capacity=150, crowd=16
-    ),
+    "one part": CpuPlan((INT8, BF16, F32), 100, 100, rows=2048, tile=512, capacity=150, crowd=16),
 }
 FUSED = CpuPlan(
     (INT8._replace(vectors=2), F32._replace(vectors=1)), 100, 100, 300, 256, capacity=150, crowd=16

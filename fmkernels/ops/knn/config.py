@@ -31,7 +31,7 @@ FEW_QUERIES = 4
 """For which the kernel has products of its own, of float32 with bfloat16 or float32."""
 WORTH_A_CAST = 64
 """Queries from which on a product in low precision is faster although the bank has to be cast."""
-ROWS_PER_NEIGHBOR = 1500
+ROWS_PER_NEIGHBOR = 400
 """From which on it pays that int8 takes half the time of bfloat16, although it leaves more
 candidates: their number grows with k, the product with the rows."""
 INT8_DIMS = range(16, 2**17)

@@ -1,9 +1,9 @@
-"""Exact nearest neighbours on a CPU: oneDNN's products, tile by tile, and our selection from them.
+"""Exact nearest neighbours on a CPU: products in low precision, and our selection from them.
 
 ``reference.py`` derives why that finds the nearest. The bank is gone through in parts. The rows of
-a part are cast, unless they are prepared, and multiplied with a chunk of queries a tile at a time,
-which is looked at while it is in the cache; the candidates are scored before the next part, in
-which their scores are the threshold. Nothing that grows with the bank is allocated; ``config.py``
+a part are cast, unless they are prepared, and multiplied with a chunk of queries: by the kernel,
+which compares in the registers, or by oneDNN, a tile at a time, which is looked at while it is in
+the cache. The candidates are scored before the next part, in which their scores are the threshold. Nothing that grows with the bank is allocated; ``config.py``
 has the sizes.
 """
 
