@@ -3,8 +3,8 @@
 ``reference.py`` derives why that finds the nearest. The bank is gone through in parts. The rows of
 a part are cast, unless they are prepared, and multiplied with a chunk of queries: by the kernel,
 which compares in the registers, or by oneDNN, a tile at a time, which is looked at while it is in
-the cache. The candidates are scored before the next part, in which their scores are the threshold. Nothing that grows with the bank is allocated; ``config.py``
-has the sizes.
+the cache. The candidates are scored before the next part, in which their scores are the threshold.
+Nothing that grows with the bank is allocated; ``config.py`` has the sizes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _search_part = native_function(
     " Tensor query_residuals, Tensor shadow, Tensor? shadow_scales, Tensor rows, Tensor row_norms,"
     " Tensor? row_residuals, int first_row, str metric, bool rescored, float factor_rounding,"
     " Tensor? floor, Tensor(a!) scores, Tensor(b!) indices, Tensor(c!) candidates,"
-    " Tensor(d!)? crowded, int crowd, int tile_rows, int capacity, int vectors, Tensor(e!) products) -> ()",
+    " Tensor(d!)? crowded, int crowd, int tile_rows, int capacity, int vectors,"
+    " Tensor(e!) products) -> ()",
 )
 
 MANY = 1 / 4
