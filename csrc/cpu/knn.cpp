@@ -203,8 +203,9 @@ bool can_fuse(Low type) {
   return knn_kernels<float>().fuses(type);
 }
 
-// For so many queries a matrix product takes longer to prepare than to compute.
-constexpr int64_t few_queries = 4;
+// For so many queries a matrix product takes longer to prepare than to compute; and for so many our own
+// one is faster even where it is compared as it is made, but by one thread.
+constexpr int64_t few_queries = 16, fewest_queries = 4;
 
 // Searches a part of the bank: multiplies the queries' units with its shadow, `tile_rows` at a time
 // into `products`, and updates what was found. The arguments are documented at KnnPart.
@@ -219,8 +220,9 @@ void search_part(
   const int64_t row_count = rows.size(0), dim = rows.size(1), query_count = queries.size(0);
   const int64_t k = scores.size(1);
   const Low type = low_type(products), shadow_type = low_type(shadow);
+  const int64_t few_at_most = vectors == 0 ? few_queries : fewest_queries;
   const bool few =
-      type == Low::float32 && (shadow_type != Low::float32 || query_count <= few_queries);
+      type == Low::float32 && (shadow_type != Low::float32 || query_count <= few_at_most);
   STD_TORCH_CHECK(
       low_type(units) == type && (few || shadow_type == type) &&
           (shadow_type == Low::int8) == shadow_scales.has_value() &&
