@@ -3,6 +3,10 @@
 from .bank_file import BankFile, open_bank
 from .crops import intersection_boxes
 from .diffsort import DiffSortNet
+from .fungi import FungiExtractor
+from .fungi_objectives import DINO, KL, Objective, SimCLR
+from .fungi_text import TextViews
+from .fungi_views import CustomViews, ImageViews
 from .in_context import InContextSegmenter, SegmentationResult
 from .knn_classifier import KNNClassifier
 from .linear_segmentation import LinearSegmentationHead
@@ -17,19 +21,27 @@ from .segmentation_metrics import ConfusionMatrix
 from .sharded import sharded_search
 
 __all__ = [
+    "DINO",
+    "KL",
     "BankFile",
     "ConfusionMatrix",
+    "CustomViews",
     "DiffSortNet",
+    "FungiExtractor",
+    "ImageViews",
     "InContextSegmenter",
     "IndexMemory",
     "KNNClassifier",
     "LinearSegmentationHead",
     "NeCoLoss",
+    "Objective",
     "Overclustering",
     "PatchIndex",
     "PatchMemory",
     "ProjectionHead",
     "SegmentationResult",
+    "SimCLR",
+    "TextViews",
     "intersection_boxes",
     "open_bank",
     "patch_label_counts",
