@@ -7,6 +7,7 @@ from .fungi import FungiExtractor
 from .fungi_objectives import DINO, KL, Objective, SimCLR
 from .fungi_text import TextViews
 from .fungi_views import CustomViews, ImageViews
+from .fungivision import DINOConfig, FUNGIWrapper, KLConfig, SimCLRConfig
 from .in_context import InContextSegmenter, SegmentationResult
 from .knn_classifier import KNNClassifier
 from .linear_segmentation import LinearSegmentationHead
@@ -26,11 +27,14 @@ __all__ = [
     "BankFile",
     "ConfusionMatrix",
     "CustomViews",
+    "DINOConfig",
     "DiffSortNet",
+    "FUNGIWrapper",
     "FungiExtractor",
     "ImageViews",
     "InContextSegmenter",
     "IndexMemory",
+    "KLConfig",
     "KNNClassifier",
     "LinearSegmentationHead",
     "NeCoLoss",
@@ -41,6 +45,7 @@ __all__ = [
     "ProjectionHead",
     "SegmentationResult",
     "SimCLR",
+    "SimCLRConfig",
     "TextViews",
     "intersection_boxes",
     "open_bank",
