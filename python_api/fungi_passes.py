@@ -68,6 +68,13 @@ class Backbone(NamedTuple):
         """Of the model's first parameter."""
         return next(self.model.parameters()).device
 
+    def prepared(self, views: Any) -> Any:
+        """Views whose floating tensors have the dtype of the model's parameters."""
+        dtype = next(self.model.parameters()).dtype
+        if isinstance(views, Mapping):
+            return {name: _cast(value, dtype) for name, value in views.items()}
+        return _cast(views, dtype)
+
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """Autocast, if a dtype was asked for; otherwise as the caller has it."""
@@ -87,6 +94,7 @@ class Backbone(NamedTuple):
 
     def embed(self, views: Any) -> Tensor:
         """Embeddings (N, E), float32 or float64, without any gradient."""
+        views = self.prepared(views)
         with evaluation_mode(self.model), torch.inference_mode(False), torch.no_grad():
             with self.precision():
                 embeddings = pooled(OP, self.pooling, call(self.model, views), views)
@@ -94,9 +102,15 @@ class Backbone(NamedTuple):
 
     def embed_recorded(self, views: Any) -> tuple[Tensor, LayerRecord]:
         """Embeddings (N, E) in a graph that begins at the target layer, and that layer's record."""
+        views = self.prepared(views)
         with capture(OP, self.model, self.target_layer) as record, self.precision():
             output = call(self.model, views)
             return pooled(OP, self.pooling, output, views), record
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value
 
 
 def widened(embeddings: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ KINDS = ("plain", "patches")
 
 def embed_tokens(backbone: Backbone, views: Any) -> Tensor:
     """Tokens (B, T, E), float32 or float64, without any gradient."""
+    views = backbone.prepared(views)
     with evaluation_mode(backbone.model), torch.inference_mode(False), torch.no_grad():
         with backbone.precision():
             output = call(backbone.model, views)
@@ -40,6 +41,7 @@ def token_pass(
     The tokens of an image are the views of its loss. Negatives, where a loss needs them, are the
     latents of the ``neighbors`` nearest tokens in the memory for every token.
     """
+    views = backbone.prepared(views)
     with (
         capture(OP, backbone.model, backbone.target_layer) as record,
         backbone.precision(),

@@ -105,17 +105,16 @@ class LayerRecord:
         ``more`` keeps the graph for another call.
         """
         self._check_passed()
-        graph = result.requires_grad
-        found = (
-            torch.autograd.grad(result, self.output, grad_result, more, allow_unused=True)[0]
-            if graph
-            else None
-        )
+        found = None
+        if result.requires_grad:
+            (found,) = torch.autograd.grad(
+                result, self.output, grad_result, retain_graph=more, allow_unused=True
+            )
         if found is None:
-            reason = "its output does not reach the result" if graph else "the model runs no_grad"
             raise ValueError(
                 f"{self.op}: target_layer: expected a layer that the model's result depends on, "
-                f"got {self.target_layer!r}: {reason}"
+                f"got {self.target_layer!r}: its output does not reach the result, or the model "
+                "leaves autograd off after it"
             )
         return found
 
