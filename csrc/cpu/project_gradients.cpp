@@ -70,7 +70,7 @@ constexpr int64_t operations_per_thread = int64_t{1} << 17;
 int64_t operations_per_task(Kind kind, int64_t pairs, int64_t out, int64_t in, int64_t tiles) {
   pairs = std::min(pairs, projection_group);
   if (kind == Kind::count_sketch) return pairs * out * in / tiles;
-  return pairs * (kind == Kind::rademacher ? out * in : out + in) * 8;
+  return pairs * (kind == Kind::rademacher ? out * in : out + in) * 16;
 }
 
 template <class T>
@@ -115,8 +115,9 @@ Tensor project_gradients(
   if (signs) {
     const int64_t words = out * ((in + 31) / 32) + (bias ? (out + 31) / 32 : 0);
     STD_TORCH_CHECK(
-        signs->scalar_type() == ScalarType::Int && signs->numel() == dim * words,
-        "project_gradients: signs: expected int32 of shape (", dim, ", ", words, ")");
+        signs->scalar_type() == ScalarType::Int && signs->numel() == (dim + 15) / 16 * 16 * words,
+        "project_gradients: signs: expected int32 of shape (", (dim + 15) / 16, ", ", words,
+        ", 16)");
     packed = torch::stable::contiguous(*signs);
   }
   const auto project = [&](auto zero, ScalarType type) {

@@ -61,6 +61,14 @@ FMKERNELS_INLINE Vec<float, W> flip(Vec<float, W> value, SignBits<W> signs) {
   return from_bits(IntVec<float, W>{bits_of(value).native ^ signs.bits});
 }
 
+// Negative in the lanes where the highest bit of the word is 1.
+template <int W>
+FMKERNELS_INLINE Vec<float, W> flip_by_highest(
+    Vec<float, W> value, typename WordVec<4 * W>::Words words) {
+  using Ints = typename Native<float, W>::Ints;
+  return from_bits(IntVec<float, W>{bits_of(value).native ^ ((Ints)words & INT32_MIN)});
+}
+
 template <int W>
 FMKERNELS_INLINE float sum_of_lanes(Vec<float, W> value) {
   float lanes[W];

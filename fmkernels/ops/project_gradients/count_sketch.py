@@ -95,10 +95,9 @@ class CountSketch(Projection):
         blocks = torch.arange(int(block[-1]) + 1)
         for copy in range(self.repeats):
             shift = philox.shifts(self.seed, self.layer, blocks, copy, self.dim)
-            copies = torch.full_like(blocks, copy)
-            signs = philox.signs(
-                self.seed, self.layer, philox.SKETCH, blocks, copies, self.dim
-            )  # (blocks, K)
+            signs = philox.sketch_signs(
+                self.seed, self.layer, 0, len(blocks), copy, torch.arange(self.dim)
+            )
             bucket = (place + shift[block]) % self.dim
             position = (bucket, row * self.columns + column)
             matrix.index_put_(position, signs[block, bucket], accumulate=True)

@@ -14,7 +14,7 @@ its bit is 0 and −1 where it is 1. What is asked for at which counter:
     stream   what                                    group        row       copy     bit or word
     1        sign of Rademacher entry (k, i, j)      j div 128    i         k        bit j mod 128
              that of the bias entry (k, i)           i div 128    out       k        bit i mod 128
-    2        sign in CountSketch block c, bucket k   k div 128    c         repeat   bit k mod 128
+    2        sign in CountSketch block c, bucket k   c div 128    k         repeat   bit c mod 128
     3        shift of CountSketch block c            c div 4      0         repeat   word c mod 4
     4        sign of the left factor, (k, i)         i div 128    0         k        bit i mod 128
     5        sign of the right factor, (k, j)        j div 128    0         k        bit j mod 128
@@ -83,6 +83,17 @@ def signs(seed: int, layer: int, stream: int, rows: Tensor, copies: Tensor, coun
     groups = torch.arange(-(-count // GROUP), device=rows.device)
     drawn = words(seed, layer, stream, groups, rows.unsqueeze(-1), copies.unsqueeze(-1))
     return bits_to_signs(drawn.flatten(-2), count)
+
+
+def sketch_signs(
+    seed: int, layer: int, first: int, last: int, copy: int, buckets: Tensor
+) -> Tensor:
+    """(last − first, K): the signs ±1 of blocks of a CountSketch, in every bucket."""
+    start = first // GROUP * GROUP
+    groups = torch.arange(start // GROUP, -(-last // GROUP), device=buckets.device)
+    rows = buckets.unsqueeze(-1)
+    drawn = words(seed, layer, SKETCH, groups, rows, torch.full_like(rows, copy))
+    return bits_to_signs(drawn.flatten(-2), last - start)[:, first - start :].mT
 
 
 def shifts(seed: int, layer: int, blocks: Tensor, copy: int, dim: int) -> Tensor:

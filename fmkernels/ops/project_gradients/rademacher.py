@@ -15,6 +15,8 @@ from fmkernels.ops.project_gradients.projection import Projection, Settings
 
 PACKED = 2**22
 """Entries of a given matrix that are looked at, or made, at a time."""
+OUTPUTS = 16
+"""Whose words lie side by side: (tiles of outputs, words of a row, outputs)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,8 @@ class Rademacher(Projection):
             return
         if not isinstance(self.signs, Tensor):
             raise _checks.no_tensor("Rademacher", "signs", self.signs)
-        expected = (self.dim, row_words(self.out_features, self.in_features, self.bias))
+        row = row_words(self.out_features, self.in_features, self.bias)
+        expected = (-(-self.dim // OUTPUTS), row, OUTPUTS)
         if self.signs.dtype != torch.int32 or _checks.shape(self.signs) != expected:
             raise ValueError(
                 f"Rademacher: signs: expected int32 of shape {expected}, "
@@ -117,18 +120,16 @@ class Rademacher(Projection):
                 f"{out_features} x {in_features + bias} entries of the gradient, "
                 f"got {_checks.shape(matrix)}"
             )
-        packed = torch.empty(
-            matrix.shape[0],
-            row_words(out_features, in_features, bias),
-            dtype=torch.int32,
-            device=matrix.device,
-        )
+        row = row_words(out_features, in_features, bias)
+        tiles = -(-len(matrix) // OUTPUTS)
+        packed = torch.zeros(tiles, row, OUTPUTS, dtype=torch.int32, device=matrix.device)
         step = max(1, PACKED // entries)
         for start in range(0, len(matrix), step):
             rows = matrix[start : start + step]
             _check_signs(op, rows)
             negative = (rows < 0).unflatten(1, (out_features, in_features + bias))
-            packed[start : start + step] = _packed(negative, in_features)
+            outputs = torch.arange(start, start + len(rows), device=matrix.device)
+            packed[outputs // OUTPUTS, :, outputs % OUTPUTS] = _packed(negative, in_features)
         return cls(out_features, in_features, len(matrix), bias, seed=0, signs=packed)
 
     def settings(self) -> Settings:
@@ -170,7 +171,7 @@ def dense_signs(
         bias = philox.signs(seed, layer, philox.DENSE, of_bias, outputs, last)
         return weight, bias[:, first:]
     per_row = -(-in_features // 32)
-    chosen = packed[outputs]
+    chosen = packed[outputs // OUTPUTS, :, outputs % OUTPUTS]
     words = chosen[:, first * per_row : last * per_row].unflatten(1, (last - first, per_row))
     bias_words = chosen[:, out_features * per_row :]
     bias = philox.bits_to_signs(bias_words.long(), last)[:, first:]

@@ -161,8 +161,7 @@ def _count_sketch(
         blocks = torch.arange(first, last, device=a.device)
         for copy in range(repeats):
             shift = philox.shifts(seed, layer, blocks, copy, dim)
-            copies = torch.full_like(blocks, copy)
-            sign = philox.signs(seed, layer, philox.SKETCH, blocks, copies, dim)  # (c, K)
+            sign = philox.sketch_signs(seed, layer, first, last, copy, bucket)  # (c, K)
             entry = blocks.unsqueeze(1) * dim + (bucket - shift.unsqueeze(1)) % dim
             of_weight = (entry % weights).where(entry < weights, 0)
             block = delta[:, of_weight // in_features] * a[:, of_weight % in_features]
