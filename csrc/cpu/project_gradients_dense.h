@@ -20,13 +20,15 @@ SignRows sign_rows(Task<T>& task, int64_t tile, int64_t row, int64_t rows, int64
     return {args.packed + first * drawn, weight_words * drawn, rows, count};
   }
   constexpr int64_t row_stride = Task<T>::matrix_words * drawn;
+  const auto groups = [&](int64_t r, int64_t w) -> Draw {
+    return {{static_cast<uint32_t>((word + w) / 4), static_cast<uint32_t>(row + r),
+             static_cast<uint32_t>(tile * drawn), task.stream(dense_stream)},
+            task.words + r * row_stride + w * drawn};
+  };
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t w = 0; w < count; w += 4) {
-      const uint32_t start[4] = {
-          static_cast<uint32_t>((word + w) / 4), static_cast<uint32_t>(row + r),
-          static_cast<uint32_t>(tile * drawn), task.stream(dense_stream)};
-      draw(task.key, start, 2, task.words + r * row_stride + w * drawn, drawn);
-    }
+    int64_t w = 0;
+    for (; w + 4 < count; w += 8) draw<2>(task.key, 2, drawn, {groups(r, w), groups(r, w + 4)});
+    for (; w < count; w += 4) draw<1>(task.key, 2, drawn, {groups(r, w)});
   }
   return {task.words, row_stride, rows, count};
 }
@@ -91,9 +93,10 @@ void factor_sums(
     float* to, int64_t to_stride) {
   const int64_t row_words = up(length, 32) / 32;
   for (int64_t w = 0; w < row_words; w += 4) {
-    const uint32_t start[4] = {
-        static_cast<uint32_t>(w / 4), 0, static_cast<uint32_t>(first), task.stream(stream)};
-    draw(task.key, start, 2, task.words + w * drawn, drawn);
+    const Draw of_words{{static_cast<uint32_t>(w / 4), 0, static_cast<uint32_t>(first),
+                         task.stream(stream)},
+                        task.words + w * drawn};
+    draw<1>(task.key, 2, drawn, {of_words});
   }
   const float unit = 1;
   for (int64_t n = 0; n < task.count; ++n) {

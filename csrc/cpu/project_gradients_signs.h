@@ -21,17 +21,30 @@ constexpr int parts = 32 / W;    // registers for the signs of a word
 constexpr int64_t drawn = 16;    // counters that are drawn at once, outputs that are summed together
 constexpr int nibbles = 8;       // of a word: groups of four signs, for each of which 16 sums are known
 
-// Four words of 16 counters, of which number `rising` goes up by one each: word w of counter n is
-// put at words[w · stride + n].
-void draw(
-    PhiloxKey key, const uint32_t (&start)[4], int rising, uint32_t* words, int64_t stride) {
+// 16 counters, of which one number goes up by one each: word w of counter n is to be put at
+// words[w · stride + n].
+struct Draw {
+  uint32_t start[4];
+  uint32_t* words;
+};
+
+// Draws some at once: one alone would mostly wait for its own products.
+template <int count>
+void draw(PhiloxKey key, int rising, int64_t stride, const Draw (&draws)[count]) {
   Words lanes{};
   for (int lane = 0; lane < W; ++lane) lanes[lane] = lane;
   for (uint32_t first = 0; first < drawn; first += W) {
-    Words x[4];
-    for (int d = 0; d < 4; ++d) x[d] = Words{} + start[d] + (d == rising ? lanes + first : Words{});
+    Words x[count][4];
+    for (int n = 0; n < count; ++n) {
+      for (int d = 0; d < 4; ++d) x[n][d] = Words{} + draws[n].start[d];
+      x[n][rising] += lanes + first;
+    }
     philox(key, x);
-    for (int w = 0; w < 4; ++w) memcpy(words + w * stride + first, &x[w], sizeof x[w]);
+    for (int n = 0; n < count; ++n) {
+      for (int w = 0; w < 4; ++w) {
+        memcpy(draws[n].words + w * stride + first, &x[n][w], sizeof x[n][w]);
+      }
+    }
   }
 }
 

@@ -10,33 +10,37 @@ namespace {
 // What is the same for all rows of the group: for every block the signs of the tile's buckets, which
 // entry of the block the first of them gets, and where the block is.
 template <class T>
-void draw_blocks(Task<T>& task, int64_t tile, int64_t first, int64_t copy) {
+void draw_blocks(Task<T>& task, int64_t tile, int64_t first, int64_t count, int64_t copy) {
   constexpr int64_t buckets = Task<T>::buckets;
   const int64_t dim = task.args.dim;
   const uint32_t repeat = static_cast<uint32_t>(copy);
-  for (int64_t block = 0; block < Task<T>::blocks; block += group_bits) {
-    for (int64_t bucket = 0; bucket < buckets; bucket += drawn) {
-      const uint32_t start[4] = {
-          static_cast<uint32_t>((first + block) / group_bits),
-          static_cast<uint32_t>(tile * buckets + bucket), repeat, task.stream(sketch_stream)};
-      draw(task.key, start, 1, task.words + block / 32 * buckets + bucket, buckets);
+  for (int64_t block = 0; block < count; block += group_bits) {
+    const auto of_buckets = [&](int64_t bucket) -> Draw {
+      const auto number = static_cast<uint32_t>((first + block) / group_bits);
+      return {{number, static_cast<uint32_t>(tile * buckets + bucket), repeat,
+               task.stream(sketch_stream)},
+              task.words + block / 32 * buckets + bucket};
+    };
+    for (int64_t bucket = 0; bucket < buckets; bucket += 2 * drawn) {
+      draw<2>(task.key, 1, buckets, {of_buckets(bucket), of_buckets(bucket + drawn)});
     }
   }
   uint32_t shifts[4 * drawn];
-  for (int64_t block = 0; block < Task<T>::blocks; block += 4 * drawn) {
-    const uint32_t start[4] = {
-        static_cast<uint32_t>((first + block) / 4), 0, repeat, task.stream(shift_stream)};
-    draw(task.key, start, 0, shifts, drawn);
+  for (int64_t block = 0; block < count; block += 4 * drawn) {
+    const auto number = static_cast<uint32_t>((first + block) / 4);
+    draw<1>(task.key, 0, drawn, {{{number, 0, repeat, task.stream(shift_stream)}, shifts}});
     for (int64_t c = block; c < block + 4 * drawn; ++c) {
       const uint32_t word = shifts[c % 4 * drawn + (c - block) / 4];
       const int64_t entry = tile * buckets - shift_of(word, dim);
       task.starts[c] = static_cast<int32_t>(entry < 0 ? entry + dim : entry);
     }
   }
-  for (int64_t c = 0; task.columns > 0 && c < Task<T>::blocks; ++c) {
-    const int64_t row = (first + c) / task.columns;
+  if (task.columns == 0) return;
+  int64_t row = first / task.columns, column = first % task.columns;  // a division is slow
+  for (int64_t c = 0; c < count; ++c) {
     task.rows[c] = static_cast<int32_t>(row);
-    task.places[c] = task.starts[c] + (first + c - row * task.columns) * task.extended;
+    task.places[c] = task.starts[c] + column * task.extended;
+    if (++column == task.columns) column = 0, ++row;
   }
 }
 
@@ -152,8 +156,8 @@ void sketch_tile(Task<T>& task, int64_t tile) {
   };
   for (int64_t copy = 0; copy < args.repeats; ++copy) {
     for (int64_t first = 0; first < block_count; first += Task<T>::blocks) {
-      draw_blocks(task, tile, first, copy);
       const int64_t whole = in_part(whole_count - first), last = in_part(block_count - first);
+      draw_blocks(task, tile, first, last, copy);
       for (int64_t n = 0; n < task.count; ++n) {
         if (whole > 0) add_whole_blocks(task, n, whole);
         add_gathered_blocks(task, n, tile, first, whole, last);

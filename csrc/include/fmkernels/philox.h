@@ -79,16 +79,19 @@ FMKERNELS_INLINE void multiply(Words a, uint32_t b, Words& high, Words& low) {
 
 #endif  // __CUDACC__
 
-template <class Word>
-FMKERNELS_INLINE void philox(PhiloxKey key, Word (&x)[4]) {
+// Four words for each of several counters, which wait for their own products only.
+template <class Word, int count>
+FMKERNELS_INLINE void philox(PhiloxKey key, Word (&x)[count][4]) {
   for (int round = 0; round < 10; ++round) {
-    Word high0, low0, high1, low1;
-    multiply(x[0], 0xD2511F53u, high0, low0);
-    multiply(x[2], 0xCD9E8D57u, high1, low1);
-    x[0] = high1 ^ x[1] ^ key.low;
-    x[1] = low1;
-    x[2] = high0 ^ x[3] ^ key.high;
-    x[3] = low0;
+    for (int n = 0; n < count; ++n) {
+      Word high0, low0, high1, low1;
+      multiply(x[n][0], 0xD2511F53u, high0, low0);
+      multiply(x[n][2], 0xCD9E8D57u, high1, low1);
+      x[n][0] = high1 ^ x[n][1] ^ key.low;
+      x[n][1] = low1;
+      x[n][2] = high0 ^ x[n][3] ^ key.high;
+      x[n][3] = low0;
+    }
     key.low += 0x9E3779B9u;
     key.high += 0xBB67AE85u;
   }
