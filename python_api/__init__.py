@@ -5,6 +5,13 @@ from .crops import intersection_boxes
 from .diffsort import DiffSortNet
 from .fungi import FungiExtractor
 from .fungi_objectives import DINO, KL, Objective, SimCLR
+from .fungi_protocol import (
+    FeatureScores,
+    concatenate,
+    evaluate_features,
+    few_shot,
+    retrieval_scores,
+)
 from .fungi_text import TextViews
 from .fungi_views import CustomViews, ImageViews
 from .fungivision import DINOConfig, FUNGIWrapper, KLConfig, SimCLRConfig
@@ -30,6 +37,7 @@ __all__ = [
     "DINOConfig",
     "DiffSortNet",
     "FUNGIWrapper",
+    "FeatureScores",
     "FungiExtractor",
     "ImageViews",
     "InContextSegmenter",
@@ -47,10 +55,14 @@ __all__ = [
     "SimCLR",
     "SimCLRConfig",
     "TextViews",
+    "concatenate",
+    "evaluate_features",
+    "few_shot",
     "intersection_boxes",
     "open_bank",
     "patch_label_counts",
     "rank_database",
     "retrieval_map",
+    "retrieval_scores",
     "sharded_search",
 ]

@@ -257,7 +257,8 @@ class FungiExtractor:
             raise ValueError(f"{op}: dataset: expected at least one input, got none")
         file = None
         if path is not None:
-            self._prepared(collate([dataset[0]]))
+            if self.state.projection is None:
+                self._prepared(collate([dataset[0]]))
             file = FeatureFile(op, path, total, self._fingerprint())
         done = 0 if file is None else file.done
         loader = DataLoader(

@@ -159,7 +159,7 @@ def test_texts_lose_words():
         ("folder", TypeError, "images: .* got str"),
         ([torch.rand(8, 8)], ValueError, r"images\[0\]: expected shape \(3, H, W\), got \(8, 8\)"),
         ([object()], TypeError, r"images\[0\]: expected a tensor .* got object"),
-        ([torch.ones(3, 8, 8, dtype=torch.int64)], TypeError, "expected uint8 or floats"),
+        ([torch.ones(3, 8, 8, dtype=torch.int64)], TypeError, "images: expected uint8 or floats"),
     ],
 )
 def test_what_is_no_image_is_refused(images, error, message):
