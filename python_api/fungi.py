@@ -322,7 +322,7 @@ class FungiExtractor:
                     embeddings = tokens[:, prefix]
                     found = [factors.rows(prefix) for factors in found]
                 else:
-                    embeddings, found = image_pass(self.backbone, made, views, ready)
+                    embeddings, found = image_pass(self.backbone, made, stop - start, views, ready)
                     embeddings = embeddings[:, 0]
                 if kind == "plain" and self.embedding:
                     yield "", embeddings

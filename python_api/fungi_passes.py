@@ -141,16 +141,16 @@ def loss_gradient(backbone: Backbone, ready: Ready, embeddings: Tensor) -> tuple
 
 
 def image_pass(
-    backbone: Backbone, views: Any, count: int, objectives: Sequence[Ready]
+    backbone: Backbone, views: Any, samples: int, count: int, objectives: Sequence[Ready]
 ) -> tuple[Tensor, list[Factors]]:
-    """Embeddings (B, V, E) of views, V = ``count`` for each image, and every objective's gradients.
+    """Embeddings (B, V, E) of ``count`` views of each sample, and every objective's gradients.
 
     All objectives share the forward pass.
     """
     if not objectives:
-        return backbone.embed(views).unflatten(0, (-1, count)), []
+        return _per_sample(backbone.embed(views), samples, count), []
     result, record = backbone.embed_recorded(views)
-    embeddings = widened(result).unflatten(0, (-1, count))
+    embeddings = _per_sample(widened(result), samples, count)
     found = []
     for position, ready in enumerate(objectives, start=1):
         unit, norm = loss_gradient(backbone, ready, embeddings)
@@ -160,6 +160,16 @@ def image_pass(
         rows = factor_rows(OP, record, delta, len(result), len(embeddings))
         found.append(Factors(*rows, norm))
     return embeddings, found
+
+
+def _per_sample(embeddings: Tensor, samples: int, count: int) -> Tensor:
+    """(B·V, E) -> (B, V, E)"""
+    if len(embeddings) != samples * count:
+        raise ValueError(
+            f"{OP}: views: expected {count} for each of {samples} inputs, got "
+            f"{len(embeddings)} embeddings"
+        )
+    return embeddings.view(samples, count, -1)
 
 
 def joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,7 @@ def pooled(op: str, pooling: Pooling, output: Any, views: Any) -> Tensor:
     | ``"pooler"`` | ``output.pooler_output`` |
     | a function | what it returns for (output, views) |
     """
+    embeddings: Any
     if callable(pooling):
         embeddings = pooling(output, views)
     elif pooling is None:
@@ -59,7 +60,7 @@ def _mean(tokens: Tensor, views: Any) -> Tensor:
     mask = views.get("attention_mask") if isinstance(views, Mapping) else None
     if mask is None or mask.shape != tokens.shape[:2]:
         return tokens.mean(dim=1)
-    weights = mask.to(tokens.dtype).unsqueeze(-1)  # (N, T, 1)
+    weights: Tensor = mask.to(tokens.dtype).unsqueeze(-1)  # (N, T, 1)
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
 

@@ -176,7 +176,7 @@ class ImageViews:
         windows = whole.unfold(2, self.window, self.stride).unfold(3, self.window, self.stride)
         patches = windows.permute(0, 2, 3, 1, 4, 5)  # (B, rows, columns, 3, window, window)
         resized = _resized(patches.flatten(0, 2), (self.size, self.size), "bicubic")
-        return resized.unflatten(0, (len(images), -1))
+        return resized.view(len(images), -1, *resized.shape[1:])
 
     def _crops(self, image: Tensor, seed: int) -> Tensor:
         """(3, H, W) -> (V, 3, size, size), the global crops first."""
@@ -184,7 +184,8 @@ class ImageViews:
         scales = [self.global_scale] * self.global_crops + [self.local_scale] * self.local_crops
         crops = image.new_empty(len(scales), len(image), self.size, self.size)
         for crop, scale in zip(crops, scales, strict=True):
-            top, left, height, width = random_box(generator, tuple(image.shape[-2:]), scale)
+            sides = image.shape[-2], image.shape[-1]
+            top, left, height, width = random_box(generator, sides, scale)
             box = image[None, :, top : top + height, left : left + width]
             crop.copy_(_resized(box, (self.size, self.size), "bicubic")[0].clamp_(0, 1))
         return crops

@@ -258,6 +258,13 @@ def test_a_bar_counts(capfd):
             ValueError,
             r"pooling: expected embeddings \(N, E\) with pooling=None, got .* \(1, 17, 24\)",
         ),
+        (
+            lambda: extractor_of(
+                DINO(), views=CustomViews(kinds={"crops": (3, lambda x, seeds: x)})
+            )(torch.rand(2, 3, 16, 16)),
+            ValueError,
+            "views: expected 3 for each of 2 inputs, got 2 embeddings",
+        ),
         (lambda: extractor_of().fit_negatives(iter([])), TypeError, "dataset: expected a folder"),
         (lambda: extractor_of().fit_negatives([]), ValueError, "dataset: expected at least one"),
         (lambda: extractor_of(KL()).extract([]), ValueError, "dataset: expected at least one"),
