@@ -39,7 +39,7 @@ void add_together(
     Task<T>& task, const SignRows& signs, int64_t n, const float* const (&x)[count],
     const float* const (&coefficient)[count]) {
   const float* tables[count];
-  float* sums[count];
+  double* sums[count];
   for (int m = 0; m < count; ++m) {
     float* const made = task.spare + m * Task<T>::matrix_words * table_size;
     make_tables(x[m], signs.row_words, made);
@@ -90,7 +90,7 @@ void dense_tile(Task<T>& task, int64_t tile) {
 template <class T>
 void factor_sums(
     Task<T>& task, uint32_t stream, int64_t first, const float* x, int64_t stride, int64_t length,
-    float* to, int64_t to_stride) {
+    double* to, int64_t to_stride) {
   const int64_t row_words = up(length, 32) / 32;
   for (int64_t w = 0; w < row_words; w += 4) {
     const Draw of_words{{static_cast<uint32_t>(w / 4), 0, static_cast<uint32_t>(first),
@@ -100,7 +100,7 @@ void factor_sums(
   }
   const float unit = 1;
   for (int64_t n = 0; n < task.count; ++n) {
-    memset(to + n * to_stride, 0, drawn * sizeof(float));
+    memset(to + n * to_stride, 0, drawn * sizeof(double));
     add_signed({task.words, 0, 1, row_words}, x + n * stride, &unit, to + n * to_stride);
   }
 }
@@ -110,7 +110,7 @@ template <class T>
 void factored_tile(Task<T>& task, int64_t tile) {
   const ProjectionArgs<T>& args = task.args;
   const int64_t first = tile * drawn, right = task.right(), v_stride = up(right, drawn);
-  float *const u = task.spare, *const v = u + group * drawn;
+  double *const u = reinterpret_cast<double*>(task.spare), *const v = u + group * drawn;
   factor_sums(task, left_stream, first, task.delta, task.out_stride, args.out, u, drawn);
   for (int64_t k = 0; k < right; k += drawn) {
     factor_sums(
@@ -118,8 +118,8 @@ void factored_tile(Task<T>& task, int64_t tile) {
         args.in + args.bias, v + k, v_stride);
   }
   for (int64_t n = 0; n < task.count; ++n) {
-    const float *const of_left = u + n * drawn, *const of_right = v + n * v_stride;
-    float* to = task.sums_of(n);
+    const double *const of_left = u + n * drawn, *const of_right = v + n * v_stride;
+    double* to = task.sums_of(n);
     for (int64_t k = 0; k < drawn; ++k) {
       if (!task.is_kronecker()) {
         to[k] += of_left[k] * of_right[k];

@@ -48,6 +48,13 @@ void draw(PhiloxKey key, int rising, int64_t stride, const Draw (&draws)[count])
   }
 }
 
+FMKERNELS_INLINE void add_to(double* sums, V values) {
+  float lanes[W];
+  store(values, lanes);
+#pragma omp simd
+  for (int lane = 0; lane < W; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
+}
+
 // Signs of 16 outputs for some rows of the matrix: word w of output k at words[w · 16 + k], of the
 // next row `row_stride` further.
 struct SignRows {
@@ -56,7 +63,7 @@ struct SignRows {
 };
 
 // sums[k] += Σ_row coefficient[row] (Σ_j ±x[j]), for `outputs` of the 16 outputs at a time.
-void add_signed(const SignRows& signs, const float* x, const float* coefficient, float* sums) {
+void add_signed(const SignRows& signs, const float* x, const float* coefficient, double* sums) {
   constexpr int outputs = W == 16 ? 8 : 4;
   for (int64_t first = 0; first < drawn; first += outputs) {
     V of_rows[outputs];
@@ -102,7 +109,7 @@ void make_tables(const float* x, int64_t row_words, float* tables) {
 template <int count>
 void add_from_tables(
     const SignRows& signs, const float* const (&tables)[count],
-    const float* const (&coefficient)[count], float* const (&sums)[count]) {
+    const float* const (&coefficient)[count], double* const (&sums)[count]) {
   constexpr int chains = 4;  // of additions, which wait for one another
   V of_rows[count];
   for (int n = 0; n < count; ++n) of_rows[n] = V(0.0f);
@@ -130,7 +137,7 @@ void add_from_tables(
       of_rows[n] += V(coefficient[n][row]) * sum;
     }
   }
-  for (int n = 0; n < count; ++n) store(load<V>(sums[n]) + of_rows[n], sums[n]);
+  for (int n = 0; n < count; ++n) add_to(sums[n], of_rows[n]);
 }
 
 #endif

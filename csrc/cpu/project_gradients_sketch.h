@@ -82,7 +82,7 @@ void gather_window(
 // coefficient) says where a block's entries are, and what they are multiplied with.
 template <class T, class Source>
 void add_blocks(
-    const uint32_t* words, int64_t first, int64_t last, const Source& source, float* to) {
+    const uint32_t* words, int64_t first, int64_t last, const Source& source, double* to) {
   constexpr int registers = W == 16 ? 8 : 4;  // of sums, and as many of signs
   for (int64_t bucket = 0; bucket < Task<T>::buckets; bucket += registers * W) {
     V total[registers];
@@ -104,10 +104,7 @@ void add_blocks(
         }
       }
     }
-    for (int r = 0; r < registers; ++r) {
-      float* const sums = to + bucket + r * W;
-      store(load<V>(sums) + total[r], sums);
-    }
+    for (int r = 0; r < registers; ++r) add_to(to + bucket + r * W, total[r]);
   }
 }
 

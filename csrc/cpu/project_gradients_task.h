@@ -16,7 +16,7 @@ constexpr int64_t up(int64_t count, int64_t multiple) {
 // A tile of the result for a group of samples. The signs of a part of the random matrix are drawn,
 // or read, and every row of the group is taken past them. All sums are in one order, whatever the
 // batch and the threads: of a sample's rows, those of 32 at a time; for them part by part of the
-// matrix; for each part row by row. Sums of a part are added to those of the parts before.
+// matrix; for each part row by row. A part is summed in float, and the parts in double.
 template <class T>
 struct Task {
   // CountSketch
@@ -33,8 +33,9 @@ struct Task {
   PhiloxKey key;
   int64_t out_stride, in_stride;  // of the rows below, which zeros fill up to whole words
   int64_t columns, extended;      // blocks of a row, if they fill it, and the size of each below
+  double* sums;                   // (samples of the group, width)
   float *delta, *a, *extensions;  // (rows of the group, …), all near 1
-  float *sums, *spare;
+  float* spare;
   uint32_t* words;
   int64_t first_sample = 0, last_sample = 0, first_row = -1, count = 0;
   int32_t starts[blocks], rows[blocks];  // of CountSketch blocks: see draw_blocks
@@ -46,9 +47,9 @@ struct Task {
       : args(args), key{args.key_low, args.key_high}, out_stride(up(args.out, 32) + W),
         in_stride(up(args.in + 1, 32) + W),
         columns(is_sketch() && args.in % args.dim == 0 ? args.in / args.dim : 0),
-        extended(args.dim + buckets + W), delta(static_cast<float*>(scratch)),
-        a(delta + group * out_stride), extensions(a + group * in_stride),
-        sums(extensions + group * columns * extended), spare(sums + group * width()),
+        extended(args.dim + buckets + W), sums(static_cast<double*>(scratch)),
+        delta(reinterpret_cast<float*>(sums + group * width())), a(delta + group * out_stride), extensions(a + group * in_stride),
+        spare(extensions + group * columns * extended),
         words(reinterpret_cast<uint32_t*>(spare + spare_size())) {}
 
   bool is_sketch() const { return args.kind == Kind::count_sketch; }
@@ -66,7 +67,7 @@ struct Task {
   int64_t spare_size() const {
     if (is_sketch()) return windows * window;
     if (is_dense()) return together * matrix_words * nibbles * drawn;
-    return group * (drawn + up(right(), drawn));
+    return 2 * group * (drawn + up(right(), drawn));  // in double
   }
   int64_t words_size() const {
     if (is_sketch()) return blocks / 32 * buckets;
@@ -76,14 +77,14 @@ struct Task {
   static int64_t bytes(const ProjectionArgs<T>& args) {
     const Task task(args, nullptr);
     return 4 * (task.words_size() + task.spare_size()) +
-           4 * (group * (task.out_stride + task.in_stride + task.columns * task.extended +
-                         task.width()));
+           4 * group * (task.out_stride + task.in_stride + task.columns * task.extended) +
+           8 * group * task.width();
   }
 
   uint32_t stream(uint32_t number) const { return (number << 24) + args.layer; }
   const float* delta_of(int64_t n) const { return delta + n * out_stride; }
   const float* a_of(int64_t n) const { return a + n * in_stride; }
-  float* sums_of(int64_t n) const { return sums + sample[n] * width(); }
+  double* sums_of(int64_t n) const { return sums + sample[n] * width(); }
   float* extension(int64_t n, int64_t column) const {
     return extensions + (n * columns + column) * extended;
   }
@@ -91,7 +92,7 @@ struct Task {
   void begin(int64_t group_number) {
     first_sample = args.groups[group_number];
     last_sample = args.groups[group_number + 1];
-    memset(sums, 0, (last_sample - first_sample) * width() * sizeof(float));
+    memset(sums, 0, (last_sample - first_sample) * width() * sizeof(double));
   }
 
   // Brings rows [first, last) of the group near 1.
@@ -137,7 +138,7 @@ struct Task {
     const int64_t left = args.dim - tile * width(), length = left < width() ? left : width();
     for (int64_t b = first_sample; b < last_sample; ++b) {
       const double factor = factor_of(args.scale, args.delta_exponents[b], args.exponents[b]);
-      const float* const from = sums + (b - first_sample) * width();
+      const double* const from = sums + (b - first_sample) * width();
       float* const to = args.result + b * args.dim + tile * width();
       for (int64_t k = 0; k < length; ++k) to[k] = static_cast<float>(from[k] * factor);
     }
