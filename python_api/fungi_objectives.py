@@ -229,7 +229,7 @@ class SimCLR(Objective):
         temperature: τ.
         negatives: images that the negatives are made from; 256 in the paper, 64 in its library.
         scaled_normalizer: whether τ also divides inside the logarithm. The library leaves it out,
-            which turns the gradient (cosine 0.93 to 0.995 with the paper's).
+            which turns the gradient.
 
     Source:
         Chen et al., *A Simple Framework for Contrastive Learning*, ICML 2020; Simoncini et al.,

@@ -136,7 +136,7 @@ def test_a_layer_without_bias():
 
 
 def test_the_library_s_normalizer_turns_the_gradient():
-    """The design's figure: cosine 0.93 to 0.995 between the presets on real ViTs."""
+    """How far depends on the model."""
     batch, found = images(), []
     for preset in (PAPER, LIBRARY):
         extractor = FungiExtractor(
