@@ -53,6 +53,13 @@ def linear_layer(op: str, model: Any, target_layer: Any) -> nn.Linear:
     """The linear layer of a model under a dotted name, such as ``"blocks.11.attn.proj"``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model: expected a torch.nn.Module, got {type(model).__name__}")
+    compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
+    if compiled:
+        raise ValueError(
+            f"{op}: model: expected one that is not compiled, because compiled models do not call "
+            f"their layers one by one, got torch.compile of {compiled[0] or 'the model'!r}; pass "
+            "the model as it was before"
+        )
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     try:
         layer = model.get_submodule(target_layer)
@@ -68,6 +75,11 @@ def linear_layer(op: str, model: Any, target_layer: Any) -> nn.Linear:
             f"{target_layer!r}"
         )
     return layer
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By ``torch.compile(module)``, or in place by ``module.compile()``."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class LayerRecord:
@@ -133,9 +145,8 @@ class LayerRecord:
             )
         if not self._calls:
             raise ValueError(
-                f"{expected}, got {self.target_layer!r}, which was not called; a compiled model or "
-                "a fused path does not call its layers: pass the model as it was before "
-                "torch.compile"
+                f"{expected}, got {self.target_layer!r}, which was not called; a fused path does "
+                "not call its layers"
             )
 
 

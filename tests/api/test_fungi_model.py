@@ -7,7 +7,7 @@ import torch
 from fungi_models import LAST, SmallViT, small_vit
 from torch import nn
 
-from fmkernels.api import DINO, KL, FungiExtractor, ImageViews, gradient_capture
+from fmkernels.api import DINO, KL, FungiExtractor, ImageViews, Objective, gradient_capture
 
 VIEWS = ImageViews(size=16, local_crops=2, stride_scale=2)
 
@@ -269,3 +269,45 @@ def test_the_gradient_of_kl_survives_float16():
     norms = delta.norm(dim=1), found.norm(dim=1)
     assert ((delta * found).sum(dim=1) / (norms[0] * norms[1]) > 0.99999).all()
     torch.testing.assert_close(*norms, rtol=0.01, atol=0)
+
+
+def test_compiled_models_are_refused():
+    compiled = torch.compile(small_vit(), backend="eager")
+    with pytest.raises(ValueError, match=r"not compiled.* got torch.compile of 'the model'"):
+        FungiExtractor(compiled, LAST, [KL()])
+    model = small_vit()
+    model.blocks[0].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"not compiled.* got torch.compile of 'blocks.0'"):
+        FungiExtractor(model, LAST, [KL()])
+
+
+def test_no_pass_is_larger_than_asked_for():
+    model, seen = small_vit(), []
+    extractor = extractor_of(model, batch_size=9)  # of DINO's four views: those of two images
+    extractor(torch.rand(1, 3, 16, 16))
+    model.embed.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    extractor(torch.rand(5, 3, 16, 16))
+    assert seen == [5, 8, 8, 4]
+
+
+class Nothing(Objective):
+    """Its gradient is zero."""
+
+    def loss(self, embeddings, heads, negatives=None):
+        return 0 * embeddings.sum(dim=(1, 2))
+
+
+def test_a_gradient_of_zero_is_a_feature_of_zeros():
+    extractor = FungiExtractor(small_vit(), LAST, [Nothing(3)], views=VIEWS)
+    features = extractor(torch.rand(3, 3, 16, 16))
+    assert torch.equal(features[:, 24:], torch.zeros(3, 24))
+
+
+def test_nan_stays_in_its_image():
+    batch = torch.rand(3, 3, 16, 16)
+    extractor = extractor_of(small_vit())
+    expected = extractor(batch)
+    batch[1, 0, 4, 4] = torch.nan
+    found = extractor(batch)
+    assert found[1].isnan().any()
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-5)

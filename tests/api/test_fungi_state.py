@@ -188,6 +188,29 @@ def test_features_of_another_run_are_not_mixed_in(tmp_path):
         extractor_of(KL(32)).extract(Pictures(3), tmp_path / "foreign.npy", progress=False)
 
 
+def test_functions_of_another_process_count_as_the_same(tmp_path):
+    """They lie at another address there."""
+    path = tmp_path / "features.npy"
+    for stop_at in (1, None):
+
+        def halved(images, seeds):
+            return images[:, None].expand(-1, 2, -1, -1, -1).flatten(0, 1)[..., :16, :16]
+
+        def given(images):
+            return torch.stack([image[:, :16, :16] for image in images])
+
+        views = CustomViews(given, {"crops": (2, lambda images, seeds: halved(given(images), []))})
+        extractor = extractor_of(KL(32), DINO(16), views=views)
+        if stop_at is None:
+            assert extractor.extract(Pictures(2), path, batch_size=1, progress=False).shape == (
+                2,
+                72,
+            )
+            continue
+        with pytest.raises(KeyboardInterrupt):
+            extractor.extract(Pictures(2, stop_at=1), path, batch_size=1, progress=False)
+
+
 def test_a_folder_of_images(tmp_path):
     (tmp_path / "b").mkdir()
     pictures = np.random.default_rng(0).integers(256, size=(3, 20, 24, 3), dtype=np.uint8)
