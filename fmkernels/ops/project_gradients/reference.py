@@ -61,7 +61,7 @@ def project_gradients(
         delta, delta_exponent = scaled(grad_output, sample, samples, at_least=0.0)
         a, a_exponent = scaled(activation, sample, samples, at_least=float(bias))
         one = torch.exp2(-a_exponent.to(a.dtype))[sample] if bias else None
-        result = a.new_zeros(samples, dim)
+        result = a.new_zeros(samples, dim, dtype=torch.float64)
         for start in range(0, len(delta), PAIRS):
             part = slice(start, start + PAIRS)
             pair = (delta[part], a[part], None if one is None else one[part])
@@ -71,7 +71,7 @@ def project_gradients(
                 projected = _count_sketch(*pair, dim, seed, layer, repeats)
             else:
                 projected = _factored(*pair, dim, seed, layer, left)
-            result.index_add_(0, sample[part], projected)
+            result.index_add_(0, sample[part], projected.double())
         exponent = (delta_exponent + a_exponent).clamp(-1000, 1000).double()
         finite = torch.where(delta_exponent.maximum(a_exponent) == NOT_FINITE, torch.nan, 1.0)
         return (result * (scale * finite * exponent.exp2()).unsqueeze(-1)).float()
@@ -90,7 +90,7 @@ def sample_of_rows(grad_output: Tensor, offsets: Tensor | None, rows: int) -> Te
 
 
 def scaled(values: Tensor, sample: Tensor, samples: int, at_least: float) -> tuple[Tensor, Tensor]:
-    """Rows times 2^−e of their sample, and e (B): the largest entry is then in [1/2, 1)."""
+    """Rows times 2^−e of their sample in float32, and e (B): the largest entry is in [1/2, 1)."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     largest = torch.full((samples,), at_least, dtype=torch.float64, device=values.device)
     if len(wide):
@@ -104,8 +104,7 @@ def scaled(values: Tensor, sample: Tensor, samples: int, at_least: float) -> tup
     half = torch.where(finite, -exponent // 2, 0)
     other = torch.where(finite, -exponent - half, 0)
     factors = [torch.exp2(part.to(wide.dtype))[sample].unsqueeze(1) for part in (half, other)]
-    rows = (wide * factors[0] * factors[1]).nan_to_num(0.0, 0.0, 0.0)
-    return rows.to(wide.dtype), exponent
+    return (wide * factors[0] * factors[1]).nan_to_num(0.0, 0.0, 0.0).float(), exponent
 
 
 def _tiles(count: int, numbers_each: int) -> Iterator[tuple[int, int]]:
