@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
 
 from fmkernels import _checks, project_gradients
 from fmkernels.ops.project_gradients import Projection
 
 from .arrays import progress_bar
-from .fungi_file import FeatureFile
-from .fungi_inputs import collate, count, indexed, part
+from .fungi_file import FeatureFile, FeatureRows
+from .fungi_inputs import checked_numbers, collate, count, indexed, loaded, part
 from .fungi_objectives import DINO, KL, PRESETS, Objective, SimCLR
 from .fungi_passes import OP, Backbone, Factors, Ready, image_pass, joined
 from .fungi_pooling import Pooling, check_pooling
@@ -115,7 +114,7 @@ class FungiExtractor:
         dtype: torch.dtype | None = None,
         batch_size: int = 64,
     ) -> None:
-        layer = linear_layer(OP, model, target_layer)
+        self._layer = linear_layer(OP, model, target_layer)
         _checks.choice(OP, "preset", preset, PRESETS)
         check_pooling(OP, pooling)
         if dtype not in (None, torch.bfloat16, torch.float16):
@@ -132,9 +131,8 @@ class FungiExtractor:
         self.objectives = named_objectives(chosen, preset, self.views, self.per_token)
         if not self.objectives and not self.embedding:
             raise ValueError(f"{OP}: objectives: expected one or embedding=True, got neither")
-        self._layer = layer
         self._dim = None if dim is None else _checks.positive_integer(OP, "dim", dim, ", or None")
-        self._projection = checked_projection(projection, layer, self._dim)
+        self._projection = checked_projection(projection, self._layer, self._dim)
         self.state = ExtractorState()
         self._lock = threading.Lock()
 
@@ -159,14 +157,7 @@ class FungiExtractor:
             divided by its norm. With ``per_token``: (B, T, blocks · width) for the T patches of an
             image, from the plain views alone; each row as a whole has norm 1, too.
         """
-        size = count(inputs)
-        numbers = range(size) if numbers is None else numbers
-        if len(numbers) != size or not size:
-            raise ValueError(
-                f"{OP}: {'numbers' if size else 'inputs'}: expected "
-                + (f"{size}, one for each input" if size else "at least one input")
-                + f", got {len(numbers)}"
-            )
+        numbers = checked_numbers(inputs, numbers)
         blocks: dict[str, list[Tensor]] = {}
         pending: list[tuple[str, Factors]] = []
         with torch.inference_mode(False), torch.no_grad():
@@ -191,7 +182,7 @@ class FungiExtractor:
         G_b = Σ_s δ_bs ⊗ [a_bs; 1] is the gradient of the loss of input b.
         :func:`fmkernels.gradient_similarity` compares them without a projection.
         """
-        numbers = range(count(inputs)) if numbers is None else numbers
+        numbers = checked_numbers(inputs, numbers)
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         with torch.inference_mode(False), torch.no_grad():
             state = self._prepared(inputs).to(self.backbone.device)
@@ -201,7 +192,7 @@ class FungiExtractor:
                     found.setdefault(name, []).append(pair)
         return {name: joined(pairs) for name, pairs in found.items()}
 
-    def fit_negatives(self, dataset: Any) -> FungiExtractor:
+    def fit_negatives(self, dataset: Any, *, progress: bool = False) -> FungiExtractor:
         """Make the fixed negatives of the objectives that need some; returns self.
 
         They are latents of the views of inputs that are drawn at random (all, if the dataset has
@@ -210,6 +201,7 @@ class FungiExtractor:
         Args:
             dataset: a folder of images, or a dataset with a length and items by index, each an
                 input or a tuple that begins with one; usually the training set.
+            progress: show a bar (needs tqdm).
         """
         op = f"{OP}.fit_negatives"
         dataset = indexed(op, dataset)
@@ -220,8 +212,11 @@ class FungiExtractor:
             chosen = torch.randperm(len(dataset), generator=draw)[: objective.wanted_negatives]
             if not len(chosen):
                 raise ValueError(f"{op}: dataset: expected at least one input, got none")
-            with torch.inference_mode(False), torch.no_grad():
-                found = list(self._negatives(name, dataset, chosen.tolist()))
+            found = []
+            with progress_bar(progress, len(chosen), f"negatives of {name}") as advance:
+                for rows, inputs in self._negatives(name, dataset, chosen.tolist()):
+                    found.append(rows)
+                    advance(inputs)
             with self._lock:
                 self.state = self.state.with_negatives(name, torch.cat(found))
         return self
@@ -233,7 +228,7 @@ class FungiExtractor:
         *,
         batch_size: int = 32,
         num_workers: int = 0,
-        progress: bool = True,
+        progress: bool = False,
     ) -> Any:
         """Features of a dataset, in its order.
 
@@ -252,34 +247,22 @@ class FungiExtractor:
         """
         op = f"{OP}.extract"
         dataset = indexed(op, dataset)
-        total = len(dataset)
-        if not total:
+        if not len(dataset):
             raise ValueError(f"{op}: dataset: expected at least one input, got none")
-        file = None
+        batch_size = _checks.positive_integer(op, "batch_size", batch_size)
+        rows: FeatureFile | FeatureRows = FeatureRows()
         if path is not None:
             if self.state.projection is None:
                 self._prepared(collate([dataset[0]]))
-            file = FeatureFile(op, path, total, self._fingerprint())
-        done = 0 if file is None else file.done
-        loader = DataLoader(
-            Subset(dataset, range(done, total)),
-            batch_size=_checks.positive_integer(op, "batch_size", batch_size),
-            num_workers=num_workers,
-            collate_fn=collate,
-        )
-        kept = []
-        with progress_bar(progress, total, "features") as advance:
-            advance(done)
-            for inputs in loader:
-                size = count(inputs)
-                rows = self(inputs, range(done, done + size)).cpu()
-                if file is None:
-                    kept.append(rows)
-                else:
-                    file.append(rows)
-                done += size
-                advance(size)
-        return torch.cat(kept) if file is None else file.array()
+            rows = FeatureFile(op, path, len(dataset), self._fingerprint())
+        batches = loaded(dataset, rows.done, batch_size, num_workers)
+        with progress_bar(progress, len(dataset), "features") as advance:
+            advance(rows.done)
+            for inputs in batches:
+                numbers = range(rows.done, rows.done + count(inputs))
+                rows.append(self(inputs, numbers).cpu())
+                advance(len(numbers))
+        return rows.result()
 
     def state_dict(self) -> dict[str, Any]:
         """Heads, projection and negatives: what another process needs for compatible features.
@@ -294,11 +277,10 @@ class FungiExtractor:
         Raises:
             ValueError: they are of other objectives, or of a layer of another size.
         """
-        loaded = ExtractorState.loaded(state, self.objectives)
-        if loaded.projection is not None:
-            checked_projection(loaded.projection, self._layer, self._dim)
+        found = ExtractorState.loaded(state, self.objectives)
+        checked_projection(found.projection, self._layer, self._dim)
         with self._lock:
-            self.state = loaded
+            self.state = found
 
     def _passes(
         self, state: ExtractorState, inputs: Any, numbers: Sequence[int]
@@ -382,8 +364,10 @@ class FungiExtractor:
             blocks.setdefault(name, []).append(features)
         pending.clear()
 
-    def _negatives(self, name: str, dataset: Any, chosen: list[int]) -> Iterator[Tensor]:
-        """Latents (M', L) of the views of some inputs after another, or tokens (M', E)."""
+    def _negatives(
+        self, name: str, dataset: Any, chosen: list[int]
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Latents (M', L) of the views of some inputs, or tokens (M', E), and of how many."""
         kind = "plain" if self.per_token else self.objectives[name].view
         views = 1 if self.per_token else self.views.counts[kind]
         step = max(1, self.batch_size // views)
@@ -392,12 +376,14 @@ class FungiExtractor:
             inputs = collate([dataset[number] for number in numbers])
             state = self._prepared(inputs).to(self.backbone.device)
             made = self._views(kind, inputs, numbers)
-            if self.per_token:
-                yield embed_tokens(self.backbone, made)[:, self.prefix_tokens :].flatten(0, 1)
-            else:
-                head = state.heads[name]["head"]
-                embeddings = self.backbone.embed(made)
-                yield head.like(embeddings)(embeddings)
+            with torch.inference_mode(False), torch.no_grad():
+                if self.per_token:
+                    tokens = embed_tokens(self.backbone, made)
+                    found = tokens[:, self.prefix_tokens :].flatten(0, 1)
+                else:
+                    embeddings = self.backbone.embed(made)
+                    found = state.heads[name]["head"].like(embeddings)(embeddings)
+            yield found, len(numbers)
 
     def _fingerprint(self) -> str:
         return fingerprint(

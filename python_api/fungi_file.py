@@ -9,11 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .safe_file import path_of
 
 FORMAT = "fmkernels.FungiExtractor 1"
+
+
+class FeatureRows:
+    """Rows in memory, with the methods of a :class:`FeatureFile`."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._parts: list[Tensor] = []
+
+    def append(self, rows: Tensor) -> None:
+        """Keep the next rows."""
+        self._parts.append(rows)
+        self.done += len(rows)
+
+    def result(self) -> Tensor:
+        """All rows."""
+        return torch.cat(self._parts)
 
 
 class FeatureFile:
@@ -37,7 +55,7 @@ class FeatureFile:
         >>> again.done
         2
         >>> again.append(torch.ones(1, 4))
-        >>> again.array().shape
+        >>> again.result().shape
         (3, 4)
     """
 
@@ -96,7 +114,7 @@ class FeatureFile:
         unfinished.write_text(json.dumps(state))
         os.replace(unfinished, self._beside)
 
-    def array(self) -> Any:
+    def result(self) -> Any:
         """All rows, mapped into memory read-only."""
         self._map = None
         return np.load(self.path, mmap_mode="r")

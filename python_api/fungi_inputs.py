@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from .arrays import optional
 
@@ -83,3 +83,27 @@ def indexed(op: str, dataset: Any) -> Any:
             f"got {type(dataset).__name__}; of a DataLoader pass its dataset"
         )
     return dataset
+
+
+def loaded(dataset: Any, start: int, batch_size: int, num_workers: int) -> Iterable[Any]:
+    """Batches of a dataset from some item on."""
+    return DataLoader(
+        Subset(dataset, range(start, len(dataset))),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+    )
+
+
+def checked_numbers(inputs: Any, numbers: Sequence[int] | None) -> Sequence[int]:
+    """The numbers of the inputs, from 0 on if None; there has to be at least one input."""
+    size = count(inputs)
+    if not size:
+        raise ValueError("FungiExtractor: inputs: expected at least one, got none")
+    if numbers is None:
+        return range(size)
+    if len(numbers) != size:
+        raise ValueError(
+            f"FungiExtractor: numbers: expected {size}, one for each input, got {len(numbers)}"
+        )
+    return numbers

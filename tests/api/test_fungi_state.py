@@ -152,26 +152,26 @@ def test_an_objective_of_ones_own():
 def test_extract_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "features.npy"
     extractor = extractor_of(KL(32), DINO(16))
-    expected = extractor.extract(Pictures(7), batch_size=2, progress=False)
+    expected = extractor.extract(Pictures(7), batch_size=2)
     assert expected.shape == (7, 72)
     with pytest.raises(KeyboardInterrupt):
-        extractor.extract(Pictures(7, stop_at=5), path, batch_size=2, progress=False)
+        extractor.extract(Pictures(7, stop_at=5), path, batch_size=2)
     assert json.loads((tmp_path / "features.npy.json").read_text())["rows"] == 4
     again = Pictures(7)
     other = extractor_of(KL(32), DINO(16))
     other.load_state_dict(extractor.state_dict())
-    found = other.extract(again, path, batch_size=3, progress=False)
+    found = other.extract(again, path, batch_size=3)
     assert again.asked == [4, 5, 6]
     assert isinstance(found, np.ndarray)
     torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
     done = Pictures(7)
-    extractor.extract(done, path, progress=False)
+    extractor.extract(done, path)
     assert done.asked == []
 
 
 def test_features_of_another_run_are_not_mixed_in(tmp_path):
     path = tmp_path / "features.npy"
-    extractor_of(KL(32)).extract(Pictures(3), path, progress=False)
+    extractor_of(KL(32)).extract(Pictures(3), path)
     model = small_vit()
     with torch.no_grad():
         model.norm.weight[0] += 1
@@ -182,10 +182,10 @@ def test_features_of_another_run_are_not_mixed_in(tmp_path):
         (extractor_of(KL(32)), Pictures(4)),
     ):
         with pytest.raises(ValueError, match="path: expected features of the same extractor"):
-            other.extract(dataset, path, progress=False)
+            other.extract(dataset, path)
     np.save(tmp_path / "foreign.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"which has no foreign.npy.json beside it"):
-        extractor_of(KL(32)).extract(Pictures(3), tmp_path / "foreign.npy", progress=False)
+        extractor_of(KL(32)).extract(Pictures(3), tmp_path / "foreign.npy")
 
 
 def test_functions_of_another_process_count_as_the_same(tmp_path):
@@ -202,13 +202,13 @@ def test_functions_of_another_process_count_as_the_same(tmp_path):
         views = CustomViews(given, {"crops": (2, lambda images, seeds: halved(given(images), []))})
         extractor = extractor_of(KL(32), DINO(16), views=views)
         if stop_at is None:
-            assert extractor.extract(Pictures(2), path, batch_size=1, progress=False).shape == (
+            assert extractor.extract(Pictures(2), path, batch_size=1).shape == (
                 2,
                 72,
             )
             continue
         with pytest.raises(KeyboardInterrupt):
-            extractor.extract(Pictures(2, stop_at=1), path, batch_size=1, progress=False)
+            extractor.extract(Pictures(2, stop_at=1), path, batch_size=1)
 
 
 def test_a_folder_of_images(tmp_path):
@@ -219,14 +219,17 @@ def test_a_folder_of_images(tmp_path):
         Image.fromarray(picture).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     extractor = extractor_of(KL(32), SimCLR(20, negatives=2)).fit_negatives(tmp_path)
-    found = extractor.extract(tmp_path, progress=False)
+    found = extractor.extract(tmp_path)
     torch.testing.assert_close(found, extractor(list(pictures[[1, 0, 2]])), rtol=0, atol=1e-5)
-    workers = extractor.extract(str(tmp_path), num_workers=1, batch_size=2, progress=False)
+    workers = extractor.extract(str(tmp_path), num_workers=1, batch_size=2)
     torch.testing.assert_close(workers, found, rtol=0, atol=1e-5)
 
 
 def test_a_bar_counts(capfd):
-    extractor_of(KL(32)).extract(Pictures(3))
+    extractor = extractor_of(KL(32), SimCLR(16, negatives=2))
+    extractor.fit_negatives(Pictures(3), progress=True)
+    assert "2.00/2.00" in capfd.readouterr().err
+    extractor.extract(Pictures(3), progress=True)
     assert "3.00/3.00" in capfd.readouterr().err
 
 

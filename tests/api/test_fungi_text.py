@@ -100,7 +100,7 @@ def test_texts_that_mean_the_same_are_nearest(encoder):
         views=text_views(tokenizer),
         batch_size=5,
     )
-    features = extractor.fit_negatives(TEXTS).extract(TEXTS, batch_size=3, progress=False)
+    features = extractor.fit_negatives(TEXTS).extract(TEXTS, batch_size=3)
     assert features.shape == (4, 3 * 384)
     embeddings = features[:, :384]
     assert (embeddings @ embeddings.T - 2 * torch.eye(4)).argmax(dim=1).tolist() == [1, 0, 3, 2]

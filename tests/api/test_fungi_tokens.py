@@ -118,7 +118,7 @@ def test_in_context_segmentation_with_them():
 def test_extract_to_a_file(tmp_path):
     extractor = extractor_of(KL(32))
     images = list(torch.rand(5, 3, 16, 16))
-    found = extractor.extract(images, tmp_path / "tokens.npy", batch_size=2, progress=False)
+    found = extractor.extract(images, tmp_path / "tokens.npy", batch_size=2)
     torch.testing.assert_close(
         torch.tensor(found), extractor(torch.stack(images)), rtol=0, atol=1e-5
     )
