@@ -271,6 +271,34 @@ def test_the_gradient_of_kl_survives_float16():
     torch.testing.assert_close(*norms, rtol=0.01, atol=0)
 
 
+class FastPath(nn.Module):
+    """In evaluation mode PyTorch fuses these layers, unless there are hooks on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 24, 4, 4)
+        layer = nn.TransformerEncoderLayer(24, 2, 48, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, images):
+        return self.layers(self.embed(images).flatten(2).mT).mean(dim=1)
+
+
+def test_pytorch_s_own_transformer():
+    model, batch = FastPath(), torch.rand(2, 3, 16, 16)
+    extractor = FungiExtractor(model, "layers.layers.1.linear2", [KL(32)], views=VIEWS)
+    delta, _ = extractor.gradients(batch)["KL"]
+    views = extractor._views("plain", batch, [0, 1])
+    head = extractor.state.heads["KL"]
+    model.eval()
+    for own, view in zip(delta, views, strict=True):
+        model.zero_grad()
+        extractor.objectives["KL"].loss(model(view[None])[None], head).sum().backward()
+        expected = model.layers.layers[1].linear2.bias.grad
+        scale = 1 / expected.norm()
+        torch.testing.assert_close(own.sum(dim=0) * scale, expected * scale, rtol=0, atol=1e-5)
+
+
 def test_compiled_models_are_refused():
     compiled = torch.compile(small_vit(), backend="eager")
     with pytest.raises(ValueError, match=r"not compiled.* got torch.compile of 'the model'"):
