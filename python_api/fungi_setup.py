@@ -10,7 +10,7 @@ from torch import nn
 from fmkernels import CountSketch, KhatriRao, Rademacher, _checks
 from fmkernels.ops.project_gradients import Projection
 
-from .fungi_objectives import Objective
+from .fungi_objectives import DINO, Objective
 from .fungi_passes import OP
 from .fungi_random import derived_seed
 from .fungi_tokens import KINDS
@@ -55,10 +55,21 @@ def named_objectives(
                 f"{OP}: objectives[{position}]: expected one with views of {', '.join(kinds)} for "
                 f"{what}, got {objective.name}, which needs {objective.view!r}"
             )
+        _check_global_crops(position, objective, views)
         same = sum(objective.name == other.name for other in found.values())
         label = f"{objective.name}_{same + 1}" if same else objective.name
         found[label] = objective.resolved(preset)
     return found
+
+
+def _check_global_crops(position: int, objective: Objective, views: Views) -> None:
+    if not isinstance(objective, DINO) or not isinstance(views, ImageViews):
+        return
+    if objective.global_crops != views.global_crops:
+        raise ValueError(
+            f"{OP}: objectives[{position}]: expected global_crops={views.global_crops}, as the "
+            f"views have, got {objective.global_crops}; the teacher sees those"
+        )
 
 
 def checked_projection(projection: Any, layer: nn.Linear, dim: int | None) -> str | Projection:

@@ -259,6 +259,11 @@ def test_a_bar_counts(capfd):
             r"objectives\[0\]: expected one with views of plain for CustomViews, got DINO",
         ),
         (
+            lambda: extractor_of(DINO(global_crops=3)),
+            ValueError,
+            r"objectives\[0\]: expected global_crops=2, as the views have, got 3",
+        ),
+        (
             lambda: FungiExtractor(small_vit(), LAST, [], embedding=False),
             ValueError,
             "objectives: expected one or embedding=True, got neither",

@@ -90,6 +90,19 @@ def test_images_of_all_kinds_and_sizes():
     assert grey.shape == (1, 3, 8, 8)
 
 
+@pytest.mark.parametrize("size", [16, 18])
+def test_images_are_not_written_to(size):
+    """Also where nothing has to be resized."""
+    images = torch.rand(2, 3, size, size)
+    before = images.clone()
+    for resize in ("shorter", "square", "none"):
+        for kind in ("plain", "crops", "patches"):
+            views = ImageViews(size=16, resize=resize, global_scale=(1.0, 1.0))
+            views.make(kind, images, CPU, [0, 1])
+            views.make(kind, list(images), CPU, [0, 1])
+            assert torch.equal(images, before)
+
+
 def test_normalisation_is_imagenet_s():
     views = ImageViews(size=8).make("plain", torch.full((1, 3, 9, 9), 0.5), CPU, [0])
     expected = (0.5 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
