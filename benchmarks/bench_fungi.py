@@ -60,6 +60,11 @@ def test_speed_of_the_count_sketch(name, peer, record):
     record(name, key(peer), **beside(name, peer))
 
 
+@pytest.mark.parametrize("name", ["fungi-kl-s-64", "fungi-simclr-4"])
+def test_speed_beside_all_of_its_steps(name, record):
+    record(name, "fungivision", **beside(name, "fungivision"))
+
+
 @pytest.mark.parametrize("peer", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ours", KINDS)
 @pytest.mark.parametrize("name", ["fungi-kl-b-1", "fungi-kl-b-64"])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import fmkernels
 from fmkernels import Projection
@@ -45,6 +46,30 @@ def published(dtype: torch.dtype, out: int, into: int, dim: int) -> Project:
     return project
 
 
+TOKENS = 197
+"""Of a view: a vision transformer's, of which the loss sees the first."""
+
+
+def with_tokens(delta: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, S, n) -> (B, S, tokens, n): what hooks on the layer record; δ is 0 at other tokens."""
+    others = a.unsqueeze(2).repeat(1, 1, TOKENS, 1)
+    return F.pad(delta.unsqueeze(2), (0, 0, 0, TOKENS - 1)), others
+
+
+def fungivision(out: int, into: int, dim: int) -> Project:
+    """All of its steps: every token of every view, the gradients of views stored and then added."""
+    matrix = stored_matrix(dim, out * (into + 1))
+
+    def project(delta: Tensor, a: Tensor) -> Tensor:
+        samples, views = delta.shape[:2]
+        of_views = torch.einsum("nti,ntj->nij", delta.flatten(0, 1), a.flatten(0, 1))
+        weight = of_views.reshape(samples, views, out, into).sum(dim=1)
+        bias = delta.sum(dim=2).sum(dim=1).unsqueeze(2)
+        return (matrix @ torch.cat([weight, bias], dim=2).flatten(1).T).T
+
+    return project
+
+
 def ours(make: Callable[[int, int, int], Projection], out: int, into: int, dim: int) -> Project:
     projection = make(out, into, dim)
     return lambda delta, a: fmkernels.project_gradients(delta, a, projection)
@@ -61,6 +86,8 @@ class Provider(NamedTuple):
     make: Callable[[int, int, int], Project]
     stores: bool = False
     """Whether it multiplies with the stored matrix: such providers must agree."""
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda delta, a: (delta, a)
+    """What is done to the inputs, not timed."""
     error: float = 2.0**-18
     """That its results may have, relative to their size."""
 
@@ -73,6 +100,7 @@ PROVIDERS: dict[str, Provider] = {
     "fmkernels-kronecker": Provider(functools.partial(ours, fmkernels.Kronecker)),
     # 590,592 products in a sum were seen to err by 7e-6
     "float32": Provider(functools.partial(published, torch.float32), stores=True, error=2.0**-16),
+    "fungivision": Provider(fungivision, stores=True, prepare=with_tokens, error=2.0**-16),
     # each factor is off by 2⁻⁹, and the result is rounded once more
     "bfloat16": Provider(functools.partial(published, torch.bfloat16), stores=True, error=2.0**-6),
 }

@@ -38,10 +38,11 @@ class Projecting(Workload):
     def step(
         self, provider: str, dtype: torch.dtype = torch.float32, device: Device = "cpu"
     ) -> Callable[[], Any]:
-        project = PROVIDERS[provider].make(self.out, self.into, self.dim)
-        sets = [self.inputs(seed, device) for seed in range(INPUT_SETS)]
-        cast = [tuple(x.to(dtype) for x in pair) for pair in sets]
-        return in_turn(lambda pair: project(*pair), cast)
+        who = PROVIDERS[provider]
+        project = who.make(self.out, self.into, self.dim)
+        pairs = [self.inputs(seed, device) for seed in range(INPUT_SETS)]
+        sets = [who.prepare(delta.to(dtype), a.to(dtype)) for delta, a in pairs]
+        return in_turn(lambda pair: project(*pair), sets)
 
     def check(self, peer: str, device: Device = "cpu", ours: str = "fmkernels") -> dict[str, Any]:
         return parity.check(self, peer, device, ours)
