@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -99,12 +99,15 @@ class LayerRecord:
         self._calls = 0
         self.activation = self.output = torch.empty(0)
 
-    def hook(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> Tensor | None:
-        """Cut the graph at the layer's output, and begin one there."""
-        if threading.get_ident() != self._thread:  # another thread's pass through the same model
+    def hook(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        """Cut the graph at the layer's output, and begin one there.
+
+        ``rest`` is (keyword arguments, output), but (output,) in another thread's pass during which
+        this hook is removed.
+        """
+        if threading.get_ident() != self._thread:
             return None
+        kwargs, output = rest
         self._calls += 1
         self.activation = (args[0] if args else kwargs["input"]).detach()
         self.output = output.detach().requires_grad_()
@@ -169,11 +172,13 @@ def capture(op: str, model: nn.Module, target_layer: str) -> Iterator[LayerRecor
     """
     record = LayerRecord(op, model, target_layer)
     with evaluation_mode(model), torch.inference_mode(False), torch.no_grad():
-        handle = record.layer.register_forward_hook(record.hook, with_kwargs=True)
+        with _LOCK:  # two threads could get one number for their hooks
+            handle = record.layer.register_forward_hook(record.hook, with_kwargs=True)
         try:
             yield record
         finally:
-            handle.remove()
+            with _LOCK:
+                handle.remove()
 
 
 def factor_rows(

@@ -1,5 +1,6 @@
 """The model is left exactly as found, and a layer that cannot be seen into is refused."""
 
+import sys
 import threading
 
 import pytest
@@ -101,7 +102,16 @@ def test_dropout_is_off():
     assert model.training
 
 
-def test_threads_share_a_model_and_an_extractor():
+@pytest.fixture
+def restless():
+    """Threads take turns every 10 µs instead of every 5 ms."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_share_a_model_and_an_extractor(restless):
     """Each with its own batch and an own kind of pass, over and over, in training mode."""
     model = mixed_model()
     before = snapshot(model)
@@ -112,7 +122,7 @@ def test_threads_share_a_model_and_an_extractor():
 
     def work(index):
         extractor = shared if index % 2 else own
-        for _ in range(8):
+        for _ in range(25):
             found = extractor(batches[index])
             if not torch.allclose(found, expected[index], rtol=0, atol=1e-5):
                 wrong.append(index)
@@ -124,6 +134,21 @@ def test_threads_share_a_model_and_an_extractor():
         thread.join()
     assert wrong == []
     assert_as_found(model, before)
+
+
+def test_a_hook_that_is_removed_during_another_thread_s_pass():
+    """PyTorch then calls it with one argument less, because it has forgotten what it takes."""
+    model = small_vit()
+    layer = model.get_submodule(LAST)
+    with gradient_capture.capture("op", model, LAST) as record:
+        (number,) = layer._forward_hooks_with_kwargs
+        del layer._forward_hooks_with_kwargs[number]
+        thread = threading.Thread(target=model, args=(torch.rand(2, 3, 16, 16),))
+        thread.start()
+        thread.join()
+        layer._forward_hooks_with_kwargs[number] = True
+        result = model(torch.rand(1, 3, 16, 16))
+    assert record.gradient(result, torch.ones_like(result)).shape == (1, 17, 24)
 
 
 def test_the_tape_begins_at_the_layer():
