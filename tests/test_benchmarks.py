@@ -400,6 +400,20 @@ def test_the_limits_of_the_projections_and_their_page(tmp_path):
     assert (tmp_path / "fungi.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_table_of_the_projections(capsys):
+    from fungi import sketches
+
+    sketches.variances(seeds=60, ranks=(1, 12))
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip(" `") for row in rows] == list(sketches.KINDS)
+    measured = {row[0].strip(" `"): float(row[1].split()[0]) for row in rows}
+    assert measured["Kronecker"] > 3 * measured["CountSketch"]  # 16 times in the formula
+    found = sketches.accuracies(seed=0, views=1)
+    assert set(found) == {"embeddings", "exact", *sketches.KINDS}
+    assert min(found.values()) > 85
+    assert found["exact"] > found["CountSketch"] - 1 > found["Kronecker"] - 1
+
+
 def test_the_plot_of_the_search(tmp_path):
     from suites import SUITES
 
