@@ -119,5 +119,5 @@ def _similarity(first: _Rows, other: _Rows) -> Tensor:
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """(B, S, D), (C, T, D) -> (B, S, C, T)."""
     dtype = product_dtype(x)
-    products = x.flatten(0, 1).to(dtype) @ y.flatten(0, 1).to(dtype).mT
-    return products.to(x.dtype).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
+    products = (x.flatten(0, 1).to(dtype) @ y.flatten(0, 1).to(dtype).mT).to(x.dtype)
+    return products.reshape(*x.shape[:2], *y.shape[:2])

@@ -100,13 +100,14 @@ def project_gradients(
         samples, rows = check_pair(OP, grad_output, activation, projection)
         if not rows:
             return torch.zeros(samples, projection.settings().dim, device=grad_output.device)
-        return project(
+        projected: Tensor = project(
             grad_output.detach().reshape(-1, projection.out_features),
             activation.detach().reshape(-1, projection.in_features),
             None,
             rows,
             *projection.settings(),
         )
+        return projected
     return _project_lists(grad_output, activation, projection)
 
 

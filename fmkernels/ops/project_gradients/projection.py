@@ -65,7 +65,9 @@ class Projection(ABC):
     def to(self, device: torch.device | str) -> Self:
         """The same projection, with what is stored on another device."""
         signs = self.settings().signs
-        return self if signs is None else replace(self, signs=signs.to(device))
+        if signs is None:
+            return self
+        return replace(self, **{"signs": signs.to(device)})
 
     @abstractmethod
     def settings(self) -> Settings:

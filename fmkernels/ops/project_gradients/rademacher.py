@@ -203,4 +203,5 @@ def _words(bits: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(bits, (0, padding)).unflatten(-1, (-1, 32))
     places = torch.arange(32, device=bits.device)
     # of which the largest is 2³² − 1: to int32 it is the word's bits
-    return (padded.long() << places).sum(dim=-1).to(torch.int32)
+    words: Tensor = (padded.long() << places).sum(dim=-1)
+    return words.to(torch.int32)
