@@ -60,6 +60,7 @@ void add_part(Task<T>& task, const SignRows& signs, int64_t row, int64_t word) {
   };
   int64_t n = 0;
 #if defined(__AVX512F__)
+  static_assert(Task<T>::together == 4);
   for (; n + 4 <= task.count; n += 4) {
     add_together<T, 4>(
         task, signs, n, {x(n), x(n + 1), x(n + 2), x(n + 3)},

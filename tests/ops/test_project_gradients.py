@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import pickle
 import subprocess
 import sys
@@ -63,6 +64,21 @@ def test_the_reference_too(kind):
             found = fmkernels.project_gradients(delta, a, projection)
         same_dtype = materialized(delta, a, projection, torch.float32)
         assert_parity(found, same_dtype, materialized(delta, a, projection, torch.float64))
+
+
+@pytest.mark.parametrize("dim", [384, 768, 1000, 4096])
+@pytest.mark.parametrize("kind", ["CountSketch", "KhatriRao", "Kronecker"])
+def test_the_sizes_of_vision_transformers(kind, dim):
+    """A gradient of 590,592 entries: against the reference in its own tiles."""
+    projection = getattr(fmkernels, kind)(768, 768, dim)
+    delta, a = pair(2, None, 768, 768, size=1e-8)
+    found = fmkernels.project_gradients(delta, a, projection)
+    with fmkernels.backend("reference"):
+        expected = fmkernels.project_gradients(delta, a, projection)
+    assert ((found - expected).norm(dim=1) < 2e-6 * expected.norm(dim=1)).all()
+    norms = gradients(delta, a).norm(dim=1)
+    spread = math.sqrt({"CountSketch": 2, "KhatriRao": 8}.get(kind, 16 * math.sqrt(dim)) / dim)
+    assert ((found.norm(dim=1) / norms).square() - 1).abs().max() < 5 * spread
 
 
 @every_kind

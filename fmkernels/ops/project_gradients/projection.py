@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -64,10 +64,7 @@ class Projection(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """The same projection, with what is stored on another device."""
-        signs = self.settings().signs
-        if signs is None:
-            return self
-        return replace(self, **{"signs": signs.to(device)})
+        return self
 
     @abstractmethod
     def settings(self) -> Settings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -131,6 +131,10 @@ class Rademacher(Projection):
             outputs = torch.arange(start, start + len(rows), device=matrix.device)
             packed[outputs // OUTPUTS, :, outputs % OUTPUTS] = _packed(negative, in_features)
         return cls(out_features, in_features, len(matrix), bias, seed=0, signs=packed)
+
+    def to(self, device: torch.device | str) -> Rademacher:
+        """The same projection, with the bits of a given matrix on another device."""
+        return self if self.signs is None else replace(self, signs=self.signs.to(device))
 
     def settings(self) -> Settings:
         """The arguments of the registered op."""
