@@ -68,7 +68,12 @@ void add_part(Task<T>& task, const SignRows& signs, int64_t row, int64_t word) {
   }
   for (; n < task.count; ++n) add_together<T, 1>(task, signs, n, {x(n)}, {coefficient(n)});
 #else
-  for (; n < task.count; ++n) add_signed(signs, x(n), coefficient(n), task.sums_of(n));
+  for (; n + 2 <= task.count; n += 2) {
+    add_signed<2>(
+        signs, {x(n), x(n + 1)}, {coefficient(n), coefficient(n + 1)},
+        {task.sums_of(n), task.sums_of(n + 1)});
+  }
+  for (; n < task.count; ++n) add_signed<1>(signs, {x(n)}, {coefficient(n)}, {task.sums_of(n)});
 #endif
 }
 
@@ -99,11 +104,16 @@ void factor_sums(
                         task.words + w * drawn};
     draw<1>(task.key, 2, drawn, {of_words});
   }
+  const SignRows signs{task.words, 0, 1, row_words};
   const float unit = 1;
-  for (int64_t n = 0; n < task.count; ++n) {
-    memset(to + n * to_stride, 0, drawn * sizeof(double));
-    add_signed({task.words, 0, 1, row_words}, x + n * stride, &unit, to + n * to_stride);
+  for (int64_t n = 0; n < task.count; ++n) memset(to + n * to_stride, 0, drawn * sizeof(double));
+  int64_t n = 0;
+  for (; n + 2 <= task.count; n += 2) {
+    const float* const from = x + n * stride;
+    double* const sums = to + n * to_stride;
+    add_signed<2>(signs, {from, from + stride}, {&unit, &unit}, {sums, sums + to_stride});
   }
+  for (; n < task.count; ++n) add_signed<1>(signs, {x + n * stride}, {&unit}, {to + n * to_stride});
 }
 
 // KhatriRao and Kronecker: 16 outputs of the left factor, with as many of the right one, or with all.

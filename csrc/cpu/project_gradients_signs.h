@@ -62,28 +62,44 @@ struct SignRows {
   int64_t row_stride, rows, row_words;
 };
 
-// sums[k] += Σ_row coefficient[row] (Σ_j ±x[j]), for `outputs` of the 16 outputs at a time.
-void add_signed(const SignRows& signs, const float* x, const float* coefficient, double* sums) {
+// sums[n][k] += Σ_row coefficient[n][row] (Σ_j ±x[n][j]) for 16 outputs k, some at a time, and for
+// vectors x that share the signs.
+template <int count>
+void add_signed(
+    const SignRows& signs, const float* const (&x)[count],
+    const float* const (&coefficient)[count], double* const (&sums)[count]) {
   constexpr int outputs = W == 16 ? 8 : 4;
   for (int64_t first = 0; first < drawn; first += outputs) {
-    V of_rows[outputs];
-    for (int k = 0; k < outputs; ++k) of_rows[k] = V(0.0f);
+    V of_rows[count][outputs];
+    for (int n = 0; n < count; ++n) {
+      for (int k = 0; k < outputs; ++k) of_rows[n][k] = V(0.0f);
+    }
     for (int64_t row = 0; row < signs.rows; ++row) {
       const uint32_t* const words = signs.words + row * signs.row_stride + first;
-      V total[outputs];
-      for (int k = 0; k < outputs; ++k) total[k] = V(0.0f);
+      V total[count][outputs];
+      for (int n = 0; n < count; ++n) {
+        for (int k = 0; k < outputs; ++k) total[n][k] = V(0.0f);
+      }
       for (int64_t w = 0; w < signs.row_words; ++w) {
         for (int part = 0; part < parts; ++part) {
-          const V values = load<V>(x + 32 * w + W * part);
+          V values[count];
+          for (int n = 0; n < count; ++n) values[n] = load<V>(x[n] + 32 * w + W * part);
 #pragma GCC unroll 8
           for (int k = 0; k < outputs; ++k) {
-            total[k] += flip(values, SignBits<W>(words[w * drawn + k], part));
+            const SignBits<W> bits(words[w * drawn + k], part);
+            for (int n = 0; n < count; ++n) total[n][k] += flip(values[n], bits);
           }
         }
       }
-      for (int k = 0; k < outputs; ++k) of_rows[k] += V(coefficient[row]) * total[k];
+      for (int n = 0; n < count; ++n) {
+        for (int k = 0; k < outputs; ++k) {
+          of_rows[n][k] += V(coefficient[n][row]) * total[n][k];
+        }
+      }
     }
-    for (int k = 0; k < outputs; ++k) sums[first + k] += sum_of_lanes(of_rows[k]);
+    for (int n = 0; n < count; ++n) {
+      for (int k = 0; k < outputs; ++k) sums[n][first + k] += sum_of_lanes(of_rows[n][k]);
+    }
   }
 }
 
