@@ -48,7 +48,8 @@ struct Task {
         in_stride(up(args.in + 1, 32) + W),
         columns(is_sketch() && args.in % args.dim == 0 ? args.in / args.dim : 0),
         extended(args.dim + buckets + W), sums(static_cast<double*>(scratch)),
-        delta(reinterpret_cast<float*>(sums + group * width())), a(delta + group * out_stride), extensions(a + group * in_stride),
+        delta(reinterpret_cast<float*>(sums + group * width())), a(delta + group * out_stride),
+        extensions(a + group * in_stride),
         spare(extensions + group * columns * extended),
         words(reinterpret_cast<uint32_t*>(spare + spare_size())) {}
 
@@ -63,7 +64,8 @@ struct Task {
   }
   int64_t tiles() const { return (args.dim + width() - 1) / width(); }
 
-  int64_t right() const { return width() / drawn; }  // outputs of the right factor for one of the left
+  // Outputs of the right factor for each of the left one.
+  int64_t right() const { return width() / drawn; }
   int64_t spare_size() const {
     if (is_sketch()) return windows * window;
     if (is_dense()) return together * matrix_words * nibbles * drawn;
