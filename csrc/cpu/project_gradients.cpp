@@ -52,7 +52,8 @@ std::vector<int64_t> offsets_of(const std::optional<Tensor>& given, int64_t pair
   return offsets;
 }
 
-// The samples that groups of at most projection_group rows, or of one sample, begin with, and the end.
+// The samples with which groups begin, and the end: of at most projection_group rows, or of one
+// sample.
 std::vector<int64_t> groups_of(const std::vector<int64_t>& offsets) {
   const int64_t samples = static_cast<int64_t>(offsets.size()) - 1;
   std::vector<int64_t> groups{0};

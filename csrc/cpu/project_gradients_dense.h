@@ -6,8 +6,8 @@
 FMKERNELS_NAMESPACE_BEGIN
 namespace {
 
-// Some rows of the matrix for 16 outputs, and some words of each: those of a given matrix, or drawn.
-// Row `out` is that of the bias.
+// Some rows of the matrix for 16 outputs, and some words of each: those of a given matrix, or
+// drawn. Row `out` is that of the bias.
 template <class T>
 SignRows sign_rows(Task<T>& task, int64_t tile, int64_t row, int64_t rows, int64_t word) {
   const ProjectionArgs<T>& args = task.args;
@@ -116,7 +116,7 @@ void factor_sums(
   for (; n < task.count; ++n) add_signed<1>(signs, {x + n * stride}, {&unit}, {to + n * to_stride});
 }
 
-// KhatriRao and Kronecker: 16 outputs of the left factor, with as many of the right one, or with all.
+// KhatriRao and Kronecker: 16 outputs of the left factor, with as many of the right one or all.
 template <class T>
 void factored_tile(Task<T>& task, int64_t tile) {
   const ProjectionArgs<T>& args = task.args;

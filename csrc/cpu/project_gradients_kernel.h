@@ -1,5 +1,5 @@
-// What the instruction-set builds of project_gradients_kernel.cpp offer. Plain data and functions of
-// raw pointers: nothing in here may be inline, because all builds share it.
+// What the instruction-set builds of project_gradients_kernel.cpp offer. Plain data and functions
+// of raw pointers: nothing in here may be inline, because all builds share it.
 #pragma once
 
 #include <cstdint>

@@ -17,9 +17,9 @@ constexpr int W = 4;
 using V = Vec<float, W>;
 using Words = WordVec<4 * W>::Words;
 
-constexpr int parts = 32 / W;    // registers for the signs of a word
-constexpr int64_t drawn = 16;    // counters that are drawn at once, outputs that are summed together
-constexpr int nibbles = 8;       // of a word: groups of four signs, for each of which 16 sums are known
+constexpr int parts = 32 / W;  // registers for the signs of a word
+constexpr int64_t drawn = 16;  // counters that are drawn at once, outputs that are summed together
+constexpr int nibbles = 8;     // of a word: groups of four signs, that choose one of 16 sums
 
 // 16 counters, of which one number goes up by one each: word w of counter n is to be put at
 // words[w · stride + n].

@@ -7,8 +7,8 @@
 FMKERNELS_NAMESPACE_BEGIN
 namespace {
 
-// What is the same for all rows of the group: for every block the signs of the tile's buckets, which
-// entry of the block the first of them gets, and where the block is.
+// What is the same for all rows of the group: for every block the signs of the tile's buckets,
+// which entry of the block the first of them gets, and where the block is.
 template <class T>
 void draw_blocks(Task<T>& task, int64_t tile, int64_t first, int64_t count, int64_t copy) {
   constexpr int64_t buckets = Task<T>::buckets;

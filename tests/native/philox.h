@@ -5,7 +5,7 @@
 
 // (count, 4) counters become (count, 4) words; count is a multiple of 32, and so is that of values.
 using PhiloxFunction = void (*)(const uint32_t* key, uint32_t* counters, int64_t count);
-// values with the signs of the bits of words: bit j mod 32 of word j div 32, lowest or highest first
+// values with signs turned by bit j mod 32 of word j div 32, or by the highest bit of word j
 using FlipFunction = void (*)(const uint32_t* words, float* values, int64_t count);
 
 struct Signs {

@@ -45,7 +45,7 @@ FMKERNELS_WORDS(32)
 FMKERNELS_WORDS(64)
 #undef FMKERNELS_WORDS
 
-// The lower words of the pairs, times a word. Without the instruction, that many products of 64 bits.
+// The lower words of the pairs, times a word.
 template <class Pairs>
 FMKERNELS_INLINE Pairs multiply_low(Pairs a, uint32_t b) {
 #if defined(__AVX512F__)
