@@ -75,9 +75,7 @@ def gradients(model: nn.Sequential, images: Tensor, views: int) -> tuple[Tensor,
     a = model[1](model[0](seen))
     output = model[2](a).detach().requires_grad_()
     scores = head(F.normalize(model[3](output), dim=-1)) / TEMPERATURE
-    (
-        -scores.log_softmax(dim=-1).mean()
-    ).backward()  # KL, and a constant
+    (-scores.log_softmax(dim=-1).mean()).backward()  # KL, and a constant
     return output.grad, a.detach()
 
 
