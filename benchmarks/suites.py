@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fungi.plot
+import fungi.report
 import knn.plot
 import knn.report
 import sort.plot
@@ -33,4 +35,5 @@ class Suite(NamedTuple):
 SUITES = {
     "sort": Suite("diffsort", sort.report.section, sort.plot.plot),
     "knn": Suite("faiss-cpu", knn.report.section, knn.plot.plot, knn.report.details),
+    "fungi": Suite("torch", fungi.report.section, fungi.plot.plot, fungi.report.details),
 }

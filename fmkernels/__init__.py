@@ -10,19 +10,35 @@ from typing import Any
 from fmkernels import testing
 from fmkernels._library import backend
 from fmkernels._version import __version__
+from fmkernels.ops.gradient_similarity import gradient_similarity
 from fmkernels.ops.knn import KNNInfo, knn
 from fmkernels.ops.knn_label_propagation import knn_label_propagation
 from fmkernels.ops.patch_neighbor_loss import patch_neighbor_loss
+from fmkernels.ops.project_gradients import (
+    CountSketch,
+    KhatriRao,
+    Kronecker,
+    Projection,
+    Rademacher,
+    project_gradients,
+)
 from fmkernels.ops.soft_sort import soft_sort
 from fmkernels.ops.soft_sort_cross_entropy import soft_sort_cross_entropy
 
 __all__ = [
+    "CountSketch",
     "KNNInfo",
+    "KhatriRao",
+    "Kronecker",
+    "Projection",
+    "Rademacher",
     "__version__",
     "backend",
+    "gradient_similarity",
     "knn",
     "knn_label_propagation",
     "patch_neighbor_loss",
+    "project_gradients",
     "soft_sort",
     "soft_sort_cross_entropy",
     "testing",

@@ -3,6 +3,18 @@
 from .bank_file import BankFile, open_bank
 from .crops import intersection_boxes
 from .diffsort import DiffSortNet
+from .fungi import FungiExtractor
+from .fungi_objectives import DINO, KL, Objective, SimCLR
+from .fungi_protocol import (
+    FeatureScores,
+    concatenate,
+    evaluate_features,
+    few_shot,
+    retrieval_scores,
+)
+from .fungi_text import TextViews
+from .fungi_views import CustomViews, ImageViews
+from .fungivision import DINOConfig, FUNGIWrapper, KLConfig, SimCLRConfig
 from .in_context import InContextSegmenter, SegmentationResult
 from .knn_classifier import KNNClassifier
 from .linear_segmentation import LinearSegmentationHead
@@ -17,23 +29,40 @@ from .segmentation_metrics import ConfusionMatrix
 from .sharded import sharded_search
 
 __all__ = [
+    "DINO",
+    "KL",
     "BankFile",
     "ConfusionMatrix",
+    "CustomViews",
+    "DINOConfig",
     "DiffSortNet",
+    "FUNGIWrapper",
+    "FeatureScores",
+    "FungiExtractor",
+    "ImageViews",
     "InContextSegmenter",
     "IndexMemory",
+    "KLConfig",
     "KNNClassifier",
     "LinearSegmentationHead",
     "NeCoLoss",
+    "Objective",
     "Overclustering",
     "PatchIndex",
     "PatchMemory",
     "ProjectionHead",
     "SegmentationResult",
+    "SimCLR",
+    "SimCLRConfig",
+    "TextViews",
+    "concatenate",
+    "evaluate_features",
+    "few_shot",
     "intersection_boxes",
     "open_bank",
     "patch_label_counts",
     "rank_database",
     "retrieval_map",
+    "retrieval_scores",
     "sharded_search",
 ]

@@ -177,7 +177,8 @@ def test_every_workload_of_the_sort_has_words_in_the_report():
 def test_workloads_have_one_name_each():
     import workloads
 
-    assert len(workloads.WORKLOADS) == len(workloads.SORT) + len(workloads.KNN)
+    suites = (workloads.SORT, workloads.KNN, workloads.FUNGI)
+    assert len(workloads.WORKLOADS) == sum(map(len, suites))
 
 
 def test_a_provider_that_takes_the_float32_path_leaves_everything_as_it_was():
@@ -358,6 +359,59 @@ def test_the_pages_of_the_search_say_what_was_measured():
     assert "| `knn-100k` | 157 G | 80.7 MB | 195 µs | 50.0% (bfloat16) | 10.0% |" in details
     assert "| random normal numbers | bfloat16 | 51 | 60 | 0 of 512 |" in details
     assert "avx2 2.5 ×" in details
+
+
+@pytest.mark.parametrize("peer", ["float32", "bfloat16", "fungivision"])
+@pytest.mark.parametrize("ours", ["", "-packed", "-seeded", "-khatri-rao", "-kronecker"])
+def test_projections_are_right_before_they_are_timed(ours, peer, monkeypatch):
+    import parity
+    from fungi.providers import PROVIDERS
+
+    for name in ("fungi-kl-b-64", "fungi-simclr-4"):
+        assert parity.check(tiny(name), peer, ours="fmkernels" + ours) == {}
+    right = PROVIDERS[peer]
+    wrong = right._replace(make=lambda *layer: lambda *pair: 1.1 * right.make(*layer)(*pair))
+    monkeypatch.setitem(PROVIDERS, peer, wrong)
+    with pytest.raises(AssertionError, match=rf"{peer} errs by 0\.[01]\S* of its result"):
+        parity.check(tiny("fungi-kl-b-64"), peer, ours="fmkernels" + ours)
+
+
+def test_the_limits_of_the_projections_and_their_page(tmp_path):
+    from fungi.limits import LIMITS
+    from suites import SUITES
+
+    stored = {"fmkernels-packed": 3, "float32": 100}
+    alone = {"median_ms": 0.05, "share_of_matmul_rate": 0.5, "share_of_copy_rate": 0.1}
+    one = {"float32": ratio(1500.0), "float32, fmkernels-packed": ratio(9.0)}
+    one |= {"stored": {"bytes": stored}, "alone": alone}
+    results = {"fungi-kl-b-1": one, "fungi-kl-b-64": {"float32": ratio(400.0)}}
+    found = [limit.measured(results) for limit in LIMITS]
+    verdicts = [limit.verdict(x) for limit, x in zip(LIMITS, found, strict=True) if x]
+    assert verdicts == ["met", "missed", "met", "met"]
+    for measurements in results.values():
+        for facts in measurements.values():
+            facts |= ORIGIN
+    content = {"machine": knn_content()["machine"], "results": results}
+    details = "\n".join(SUITES["fungi"].details(content))
+    assert "| `fungi-kl-b-1` | 1,500 ×  |  |  |" in details
+    assert "| `fungi-kl-b-1` | 1.18 M | 9.22 kB | 50 µs | 50.0% |" in details
+    assert "| packed signs beside the float32 matrix | ≤ 3.34 % | 3 % | met |" in details
+    SUITES["fungi"].plot([content], tmp_path / "fungi.png")
+    assert (tmp_path / "fungi.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_of_the_projections(capsys):
+    from fungi import sketches
+
+    sketches.variances(seeds=60, ranks=(1, 12))
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].strip(" `") for row in rows] == list(sketches.KINDS)
+    measured = {row[0].strip(" `"): float(row[1].split()[0]) for row in rows}
+    assert measured["Kronecker"] > 3 * measured["CountSketch"]  # 16 times in the formula
+    found = sketches.accuracies(seed=0, views=1)
+    assert set(found) == {"embeddings", "exact", *sketches.KINDS}
+    assert min(found.values()) > 85
+    assert found["exact"] > found["CountSketch"] - 1 > found["Kronecker"] - 1
 
 
 def test_the_plot_of_the_search(tmp_path):

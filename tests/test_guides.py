@@ -4,9 +4,12 @@ import functools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from crops import random_crops
+from fungi_models import SmallViT
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -77,3 +80,24 @@ def test_from_diffsort():
     _, *losses = losses
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(losses[2], losses[3])
+
+
+def test_from_fungivision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    arrays = draw.integers(256, size=(3, 230, 250, 3), dtype=np.uint8)
+    dataset = [(Image.fromarray(array), label) for label, array in enumerate(arrays)]
+    state = {
+        "torch": torch,
+        "model": SmallViT(depth=12, size=224, patch=56),
+        "train_dataset": dataset,
+        "dataset": dataset,
+        "data_loader": [tuple(zip(*part, strict=True)) for part in (dataset[:2], dataset[2:])],
+    }
+    wrapper, extractor = blocks("from_fungivision")
+    exec(wrapper, state)
+    assert state["features"].shape == (3, 3 * 24)
+    exec(extractor, state)
+    assert state["features"].shape == (3, 4 * 24)
+    saved = torch.load("extractor.pt", weights_only=True)
+    assert saved["negatives"]["SimCLR"].shape == (3 * 49, 96)

@@ -14,6 +14,7 @@
 #include "block.h"
 #include "fmkernels/networks.h"
 #include "lanes.h"
+#include "philox.h"
 
 namespace py = pybind11;
 using namespace fmkernels;
@@ -184,6 +185,39 @@ py::tuple by_block(
   return py::make_tuple(values, permutation, grad, losses, grad_student, only_losses);
 }
 
+const Signs& signs(int register_bytes) {
+  if (register_bytes == 0) return scalar::signs;
+  if (register_bytes == 16) return bytes16::signs;
+  if (register_bytes == 32) return bytes32::signs;
+  if (register_bytes == 64) return bytes64::signs;
+  throw std::invalid_argument("register_bytes: expected 0, 16, 32 or 64");
+}
+
+Array<uint32_t> philox_words(
+    const Array<uint32_t>& counters, uint32_t low, uint32_t high, int register_bytes) {
+  if (counters.ndim() != 2 || counters.shape(0) % 32 != 0 || counters.shape(1) != 4) {
+    throw std::invalid_argument("counters: expected (a multiple of 32, 4)");
+  }
+  Array<uint32_t> words({counters.shape(0), counters.shape(1)});
+  std::copy_n(counters.data(), counters.size(), words.mutable_data());
+  const uint32_t key[2] = {low, high};
+  signs(register_bytes).philox(key, words.mutable_data(), counters.shape(0));
+  return words;
+}
+
+Array<float> flipped(
+    const Array<float>& values, const Array<uint32_t>& words, bool highest, int register_bytes) {
+  if (values.size() % 32 != 0 || words.size() != values.size() / (highest ? 1 : 32)) {
+    throw std::invalid_argument("words: expected a bit, or a word, for each of 32 · n values");
+  }
+  Array<float> result(values.size());
+  std::copy_n(values.data(), values.size(), result.mutable_data());
+  const Signs& functions = signs(register_bytes);
+  const FlipFunction flip = highest ? functions.flip_by_highest : functions.flip;
+  flip(words.data(), result.mutable_data(), values.size());
+  return result;
+}
+
 template <class T>
 void define(py::module_& module) {
   module.def("soft_sort", soft_sort<T>);
@@ -196,6 +230,8 @@ PYBIND11_MODULE(fmkernels_native, module) {
   define<float>(module);
   define<double>(module);
   module.def("by_block", by_block);
+  module.def("philox", philox_words);
+  module.def("flip", flipped);
 
   // all comparators as (lo, hi), layer after layer, and the number of them in each layer
   module.def("layers", [](const std::string& network, int32_t n) {

@@ -1,0 +1,1 @@
+"""Projections of per-sample gradients: workloads, providers, limits, report."""

@@ -1,0 +1,182 @@
+"""One pass of the model over views, and from the losses of its embeddings to δ and a."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .fungi_objectives import Head, Objective
+from .fungi_pooling import Pooling, call, pooled
+from .gradient_capture import LayerRecord, capture, evaluation_mode, factor_rows
+
+OP = "FungiExtractor"
+
+
+class Ready(NamedTuple):
+    """An objective with what its loss needs, on the model's device."""
+
+    objective: Objective
+    heads: Mapping[str, Head]
+    negatives: Tensor | None
+
+
+class Factors(NamedTuple):
+    """The gradients of some samples, as factors: G = scale · Σ_s δ_s ⊗ [a_s; 1]."""
+
+    delta: Tensor
+    """(B, S, out)"""
+    activation: Tensor
+    """(B, S, in)"""
+    scale: Tensor
+    """(B,): norm of the loss's gradient at the embeddings, which δ was divided by."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of δ and a."""
+        return self.delta.nbytes + self.activation.nbytes
+
+    def rows(self, chosen: slice) -> Factors:
+        """Some of the rows of every sample."""
+        return self._replace(delta=self.delta[:, chosen], activation=self.activation[:, chosen])
+
+    def pair(self, apart: bool) -> tuple[Tensor, Tensor]:
+        """(δ, a) as a projection takes them; ``apart`` makes every row a sample of its own."""
+        if apart:
+            return self.delta.flatten(0, 1), self.activation.flatten(0, 1)
+        return self.delta, self.activation
+
+    def scaled_delta(self) -> Tensor:
+        """δ with its scale, in float32 or float64."""
+        return widened(self.delta) * self.scale.view(-1, 1, 1)
+
+
+class Backbone(NamedTuple):
+    """A model, and how to get embeddings and gradients out of it."""
+
+    model: nn.Module
+    target_layer: str
+    pooling: Pooling
+    dtype: torch.dtype | None
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model's first parameter."""
+        return next(self.model.parameters()).device
+
+    def prepared(self, views: Any) -> Any:
+        """Views whose floating tensors have the dtype of the model's parameters."""
+        dtype = next(self.model.parameters()).dtype
+        if isinstance(views, Mapping):
+            return {name: _cast(value, dtype) for name, value in views.items()}
+        return _cast(views, dtype)
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """Autocast, if a dtype was asked for; otherwise as the caller has it."""
+        if self.dtype is None:
+            yield
+            return
+        place = self.device
+        with torch.autocast(place.type, dtype=self.dtype):
+            yield
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """No autocast: losses are computed in the dtype of the embeddings they are given."""
+        place = self.device
+        with torch.autocast(place.type, enabled=False):
+            yield
+
+    def embed(self, views: Any) -> Tensor:
+        """Embeddings (N, E), float32 or float64, without any gradient."""
+        views = self.prepared(views)
+        with evaluation_mode(self.model), torch.inference_mode(False), torch.no_grad():
+            with self.precision():
+                embeddings = pooled(OP, self.pooling, call(self.model, views), views)
+            return widened(embeddings)
+
+    def embed_recorded(self, views: Any) -> tuple[Tensor, LayerRecord]:
+        """Embeddings (N, E) in a graph that begins at the target layer, and that layer's record."""
+        views = self.prepared(views)
+        with capture(OP, self.model, self.target_layer) as record, self.precision():
+            output = call(self.model, views)
+            return pooled(OP, self.pooling, output, views), record
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value
+
+
+def widened(embeddings: Tensor) -> Tensor:
+    """Out of the graph, in float32 unless it is float64."""
+    found = embeddings.detach()
+    return found if found.dtype == torch.float64 else found.float()
+
+
+def loss_gradient(backbone: Backbone, ready: Ready, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of each image's loss at its embeddings (B, V, E), as (unit gradient, norm).
+
+    The norm is taken out because a gradient of KL is about 1e-8, which float16 does not have.
+    """
+    objective, heads, negatives = ready
+    leaf = embeddings.detach().requires_grad_()
+    with torch.enable_grad(), backbone.full_precision():
+        used = {name: head.like(leaf) for name, head in heads.items()}
+        losses = objective.loss(leaf, used, negatives)
+        if losses.shape != (len(leaf),):
+            raise ValueError(
+                f"{OP}: objectives: expected {objective.name}.loss to return one loss per image, "
+                f"({len(leaf)},), got shape {tuple(losses.shape)}"
+            )
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    norm = gradient.flatten(1).norm(dim=1)  # (B,)
+    divisor = torch.where(norm > 0, norm, 1)
+    return gradient / divisor.view(-1, 1, 1), norm
+
+
+def image_pass(
+    backbone: Backbone, views: Any, samples: int, count: int, objectives: Sequence[Ready]
+) -> tuple[Tensor, list[Factors]]:
+    """Embeddings (B, V, E) of ``count`` views of each sample, and every objective's gradients.
+
+    All objectives share the forward pass.
+    """
+    if not objectives:
+        return _per_sample(backbone.embed(views), samples, count), []
+    result, record = backbone.embed_recorded(views)
+    embeddings = _per_sample(widened(result), samples, count)
+    found = []
+    for position, ready in enumerate(objectives, start=1):
+        unit, norm = loss_gradient(backbone, ready, embeddings)
+        delta = record.gradient(
+            result, unit.flatten(0, 1).to(result.dtype), more=position < len(objectives)
+        )
+        rows = factor_rows(OP, record, delta, len(result), len(embeddings))
+        found.append(Factors(*rows, norm))
+    return embeddings, found
+
+
+def _per_sample(embeddings: Tensor, samples: int, count: int) -> Tensor:
+    """(B·V, E) -> (B, V, E)"""
+    if len(embeddings) != samples * count:
+        raise ValueError(
+            f"{OP}: views: expected {count} for each of {samples} inputs, got "
+            f"{len(embeddings)} embeddings"
+        )
+    return embeddings.view(samples, count, -1)
+
+
+def joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One batch of (δ, a); where parts have different numbers of rows, zeros fill up."""
+    rows = max(delta.shape[1] for delta, _ in pairs)
+    deltas, activations = (
+        torch.cat([F.pad(own, (0, 0, 0, rows - own.shape[1])) for own in side])
+        for side in zip(*pairs, strict=True)
+    )
+    return deltas, activations
