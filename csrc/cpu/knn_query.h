@@ -272,6 +272,7 @@ class Query {
   void score_likely(const Scratch& scratch) {
     const auto middle = [](KnnCandidate row) { return 0.5f * (row.lower + row.upper); };
     const float least = kth_value(scratch, middle);
+    if (least == -INFINITY) return;
     int64_t kept = 0, found = 0;
     for (int64_t i = 0; i < count_; ++i) {
       if (middle(pool_[i]) >= least) {
