@@ -199,7 +199,9 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
 }
 
 bool can_fuse(Low type) {
+#ifndef FMKERNELS_ONLY_BASELINE
   if (type == Low::int8 && !__builtin_cpu_supports("avx512vnni")) return false;
+#endif
   return knn_kernels<float>().fuses(type);
 }
 
@@ -207,8 +209,10 @@ bool can_fuse(Low type) {
 // one is faster even where it is compared as it is made, but by one thread.
 constexpr int64_t few_queries = 16, fewest_queries = 4;
 
-// Searches a part of the bank: multiplies the queries' units with its shadow, `tile_rows` at a time
-// into `products`, and updates what was found. The arguments are documented at KnnPart.
+// Searches a part of the bank: multiplies the queries' units with its shadow and updates what was
+// found. Products are compared as they are made, if there are `vectors`, but those with the first
+// rows, which tell the queries' first thresholds; the others are made `tile_rows` at a time in
+// `products`. The arguments are documented at KnnPart.
 void search_part(
     const Tensor& units, std::optional<Tensor> unit_scales, const Tensor& queries,
     const Tensor& query_norms, const Tensor& query_residuals, const Tensor& shadow,

@@ -1,5 +1,5 @@
 // Products that are compared with thresholds in the registers that they were added up in: no product
-// is written to memory. Lanes are queries, packed once; the numbers of a row are broadcast to them.
+// is written to memory. With AVX2 and AVX-512. Lanes are queries, packed for a part of the bank; the numbers of a row are broadcast to them.
 //
 // Counted for AVX-512: a panel of 4 registers of queries with 6 rows keeps 24 sums, 4 factors and a
 // broadcast in 32 registers, and makes 24 multiply-adds of 10 loads. 64 packed queries of 384
@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -29,6 +29,7 @@ constexpr int most_vectors = 2;
 #endif
 constexpr int lane_count = floats, panel_rows = 6, bucket_rest = knn_bucket % panel_rows;
 
+#if defined(__AVX2__)
 // A bit for each lane whose value is not below its limit, or is no number.
 FMKERNELS_INLINE uint64_t reaching(Register values, Register limits) {
 #if defined(__AVX512F__)
@@ -37,17 +38,10 @@ FMKERNELS_INLINE uint64_t reaching(Register values, Register limits) {
       _CMP_NLT_UQ);
 #else
   const auto below = (values < limits).native;
-#if defined(__AVX2__)
   return ~_mm256_movemask_ps(reinterpret_cast<__m256>(below)) & 0xff;
-#elif defined(__SSE2__)
-  return ~_mm_movemask_ps(reinterpret_cast<__m128>(below)) & 0xf;
-#else
-  uint64_t bits = 0;
-  for (int lane = 0; lane < lane_count; ++lane) bits |= uint64_t(below[lane] == 0) << lane;
-  return bits;
-#endif
 #endif
 }
+#endif
 
 // What σ s of a row must not be below to reach the threshold of a query anywhere in a bucket, in
 // fewer roundings than a slack allows for; −∞ where float32 cannot tell.
@@ -166,7 +160,9 @@ class Fused {
       const KnnBucket bucket = part_.buckets[start / knn_bucket];
       for (int64_t first = first_; first < last_; first += width_) {
         set_limits(first, bucket);
-        ahead_ = first == first_ && count < left ? shadow + (start + count) * part_.dim : nullptr;
+        const Unit* end = shadow + part_.row_count * part_.dim;
+        ahead_ = first == first_ ? shadow + (start + count) * part_.dim : end;
+        ahead_end_ = end;
         at_group(first, rows, start, count);
         settle(first);
       }
@@ -174,6 +170,7 @@ class Fused {
   }
 
  private:
+  static constexpr int64_t line = 64 / sizeof(Unit);
   static constexpr Low low_ = F::step > 1 ? Low::int8 : Low::float32;
 
   static int64_t steps_of(int64_t dim) { return (dim + F::step - 1) / F::step; }
@@ -251,12 +248,12 @@ class Fused {
         for (int v = 0; v < vectors; ++v) F::add(sums[j][v], factors[v], row);
       }
     }
-    if (ahead_ != nullptr) ahead_ = prefetched(ahead_, height * part_.dim);
+    prefetch(height * part_.dim);
     uint64_t reached[height], any = 0;
     for (int j = 0; j < height; ++j) {
       reached[j] = 0;
       for (int v = 0; v < vectors; ++v) {
-        const Register value = F::value(sums[j][v]) * Register(part_.sigma[start + j]);
+        const auto value = F::value(sums[j][v]) * Register(part_.sigma[start + j]);
         reached[j] |= reaching(value, load<Register>(limits + v * lane_count)) << (v * lane_count);
       }
       any |= reached[j];
@@ -274,9 +271,11 @@ class Fused {
     }
   }
 
-  static const Unit* prefetched(const Unit* memory, int64_t count) {
-    for (int64_t at = 0; at < count; at += 64 / sizeof(Unit)) __builtin_prefetch(memory + at, 0, 2);
-    return memory + count;
+  void prefetch(int64_t count) {
+    const Unit* end = ahead_end_ - ahead_ < count ? ahead_end_ : ahead_ + count;
+    for (; ahead_ < end; ahead_ += end - ahead_ < line ? end - ahead_ : line) {
+      __builtin_prefetch(ahead_, 0, 2);
+    }
   }
 
   template <class Value>
@@ -328,7 +327,7 @@ class Fused {
   QueryBounds* bounds_;
   bool* searches_;  // whether there is a query that products tell something
   Row* staged_;
-  const Unit* ahead_;  // the next bucket, on the way to the cache beside the products of the first group
+  const Unit *ahead_, *ahead_end_;  // what comes to the cache beside the products of the first group
 };
 
 FMKERNELS_NAMESPACE_END

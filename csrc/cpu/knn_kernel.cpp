@@ -47,10 +47,12 @@ void collect_products(
   }
 }
 
-// body(fused products of zero's kind), for the types that there are any of.
+// body(products), for the types that there are any of that are compared as they are made.
 template <class Body>
 void for_fused(Low type, const Body& body) {
+#if defined(__AVX2__)
   if (type == Low::float32) body(FloatProducts{});
+#endif
 #if defined(__AVX512BW__)
   if (type == Low::int8) body(Int8Products{});
 #endif

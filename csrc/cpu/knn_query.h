@@ -139,11 +139,12 @@ class Query {
   // Raises the threshold by what is in the pool; where the ends tell too little, by the scores.
   bool keep_few(const Scratch& scratch, int64_t few) {
     tighten(scratch);
-    if (count_ <= few) return !is_left_out();
-    if (!may_score(count_)) return false;
-    score(0, part_.row_count);
-    merge(scratch);
-    return true;
+    if (count_ > few && may_score(count_)) {
+      score(0, part_.row_count);
+      merge(scratch);
+    }
+    kept_ = count_;
+    return !is_left_out();
   }
 
   // Whether so many have come that it pays to raise the threshold.
@@ -153,7 +154,6 @@ class Query {
   void settle(const Scratch& scratch) {
     if (!is_due(part_, {threshold_, count_, kept_, scored_})) return;
     keep_few(scratch, 2 * part_.capacity / 3);
-    kept_ = count_;
   }
 
   void add(Interval v, int64_t row) {

@@ -32,14 +32,18 @@ PLANS = {
     ),
     "one part": CpuPlan((INT8, BF16, F32), 100, 100, rows=2048, tile=512, capacity=150, crowd=16),
 }
-FUSED = CpuPlan(
-    (INT8._replace(vectors=2), F32._replace(vectors=1)), 100, 100, 300, 256, capacity=150, crowd=16
+FUSED = CpuPlan(  # small parts, because the first one's products are oneDNN's
+    (INT8._replace(vectors=2), F32._replace(vectors=1)), 100, 100, 20, 256, capacity=150, crowd=16
 )
 PLANS |= {
     "fused": FUSED,
-    "fused, wide": FUSED._replace(levels=(INT8._replace(vectors=4), F32._replace(vectors=3))),
+    "fused, wide": FUSED._replace(
+        levels=(INT8._replace(vectors=4), F32._replace(vectors=3)), rows=256
+    ),
     "fused, float32": FUSED._replace(levels=(F32._replace(vectors=4),), chunk=21),
-    "fused, full pools": FUSED._replace(levels=(INT8._replace(vectors=4), F32), capacity=130),
+    "fused, full pools": FUSED._replace(
+        levels=(INT8._replace(vectors=4), F32), rows=300, capacity=130
+    ),
 }
 every_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 
@@ -107,7 +111,7 @@ def test_groups_and_panels_of_every_size(use, metric, vectors, queries, rows, di
     metric=st.sampled_from(METRICS),
     plan=st.sampled_from(list(PLANS.values())),
     queries=st.integers(0, 9),
-    rows=st.integers(0, 200),
+    rows=st.integers(0, 700),
     dim=st.integers(1, 70),
     k=st.integers(1, 40),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),

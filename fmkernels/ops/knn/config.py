@@ -28,7 +28,7 @@ LANES = {"avx2": 8, "avx512": 16}
 MOST_VECTORS = 4
 """Registers of queries that the kernel multiplies a row with, or fewer where it has fewer."""
 FEW_QUERIES = 4
-"""For which the kernel has products of its own, of float32 with bfloat16 or float32."""
+"""For which the kernel multiplies in float32, with rows in whatever dtype there are."""
 WORTH_A_CAST = 64
 """Queries from which on a product in low precision is faster although the bank has to be cast."""
 ROWS_PER_NEIGHBOR = 400
@@ -103,7 +103,7 @@ def cpu_plan(
 
 
 def _chunk(queries: int, most: int) -> int:
-    """Chunks of nearly the same size: whole groups of the kernel, if there is more than one."""
+    """Chunks of nearly the same size, of whole groups of the kernel where ``most`` allows it."""
     chunks = -(-queries // most)
     if chunks <= 1:
         return max(queries, 1)
@@ -114,12 +114,20 @@ def _chunk(queries: int, most: int) -> int:
 def vectors(level: Level, queries: int) -> int:
     """For how many registers of queries the kernel compares a level's products as it makes them.
 
-    It shares out whole registers to the threads: with fewer, oneDNN's products are faster.
+    It shares out whole groups of registers to the threads, so that the busiest decides; with fewer
+    queries than one register for every thread, oneDNN's products are faster.
     """
     if level.product != level.shadow or queries <= FEW_QUERIES or not _is_fused(level.product):
         return 0
-    lanes = LANES[_instruction_set()] * torch.get_num_threads()
-    return 0 if queries < lanes else min(queries // lanes, MOST_VECTORS)
+    lanes, threads = LANES[_instruction_set()], torch.get_num_threads()
+    if queries < lanes * threads:
+        return 0
+
+    def busiest(count: int) -> tuple[int, int]:
+        groups = -(-queries // (count * lanes))
+        return -(-groups // threads) * count, -count
+
+    return min(range(1, MOST_VECTORS + 1), key=busiest)
 
 
 def _is_fused(product: torch.dtype) -> bool:

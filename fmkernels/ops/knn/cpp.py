@@ -18,7 +18,7 @@ from torch import Tensor
 from fmkernels._autocast import product_dtype
 from fmkernels._library import native_function
 from fmkernels.ops.knn import reference
-from fmkernels.ops.knn.config import CpuPlan, cpu_plan
+from fmkernels.ops.knn.config import CpuPlan, cpu_plan, vectors
 
 _norms = native_function("knn_norms", "(Tensor rows) -> Tensor")
 _shadow = native_function(
@@ -185,7 +185,7 @@ class _Search:
         level: int,
         crowded: Tensor | None,
     ) -> None:
-        dtype, product, vectors = self.plan.levels[level]
+        dtype, product, registers = self.plan.levels[level]
         if product not in self.products:
             result = torch.int32 if product == torch.int8 else product
             self.products[product] = torch.empty(self.plan.chunk * self.plan.tile, dtype=result)
@@ -197,6 +197,7 @@ class _Search:
         else:
             unit = Shadow(*(None if x is None else x[chosen] for x in unit))  # type: ignore[arg-type]
             among_all = block + chosen
+            registers = vectors(self.plan.levels[level], len(chosen))
         state = (*self.found, self.candidates)
         found = [x[among_all] for x in state]
         _search_part(
@@ -220,7 +221,7 @@ class _Search:
             len(rows) // self.plan.crowd + 4 * self.found[0].shape[1] + 256,
             self.plan.tile,
             self.plan.capacity,
-            vectors,
+            registers,
             self.products[product],
         )
         if isinstance(chosen, Tensor):  # which took copies
