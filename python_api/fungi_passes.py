@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,11 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fmkernels import _inference
+
 from .fungi_objectives import Head, Objective
 from .fungi_pooling import Pooling, call, pooled
-from .gradient_capture import LayerRecord, capture, evaluation_mode, factor_rows
+from .gradient_capture import LayerRecord, capture, factor_rows
 
 OP = "FungiExtractor"
+
+_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that need all tokens after the target layer, because of how they are written."""
 
 
 class Ready(NamedTuple):
@@ -78,11 +84,13 @@ class Backbone(NamedTuple):
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
         """Autocast, if a dtype was asked for; otherwise as the caller has it."""
-        if self.dtype is None:
-            yield
-            return
         place = self.device
-        with torch.autocast(place.type, dtype=self.dtype):
+        with contextlib.ExitStack() as stack:
+            if self.dtype is not None:
+                stack.enter_context(torch.autocast(place.type, dtype=self.dtype))
+            half = next(self.model.parameters()).dtype == torch.bfloat16
+            if half or torch.is_autocast_enabled(place.type):
+                stack.enter_context(_inference.faster_attention(place))
             yield
 
     @contextlib.contextmanager
@@ -94,18 +102,34 @@ class Backbone(NamedTuple):
 
     def embed(self, views: Any) -> Tensor:
         """Embeddings (N, E), float32 or float64, without any gradient."""
-        views = self.prepared(views)
-        with evaluation_mode(self.model), torch.inference_mode(False), torch.no_grad():
-            with self.precision():
-                embeddings = pooled(OP, self.pooling, call(self.model, views), views)
-            return widened(embeddings)
+        return torch.cat([widened(result) for result, _ in self.passes(views)])
 
-    def embed_recorded(self, views: Any) -> tuple[Tensor, LayerRecord]:
-        """Embeddings (N, E) in a graph that begins at the target layer, and that layer's record."""
+    def passes(self, views: Any) -> Iterator[tuple[Tensor, LayerRecord]]:
+        """Embeddings (n, E) of part after part of the views, and what the target layer saw.
+
+        They are in a graph that begins at that layer.
+        """
         views = self.prepared(views)
-        with capture(OP, self.model, self.target_layer) as record, self.precision():
-            output = call(self.model, views)
-            return pooled(OP, self.pooling, output, views), record
+        size = _inference.pass_size(views) if isinstance(views, Tensor) else 0
+        for part in views.split(size) if size else (views,):
+            yield self._pass(part)
+
+    def _pass(self, views: Any) -> tuple[Tensor, LayerRecord]:
+        if self.model not in _WHOLE:
+            # what fails may have failed because tokens were not computed: the model's own errors
+            # come again
+            with contextlib.suppress(Exception):
+                return self._recorded(views, rows=True)
+        found = self._recorded(views, rows=False)
+        _WHOLE.add(self.model)
+        return found
+
+    def _recorded(self, views: Any, rows: bool) -> tuple[Tensor, LayerRecord]:
+        with (
+            capture(OP, self.model, self.target_layer, rows) as record,
+            self.precision(),
+        ):
+            return pooled(OP, self.pooling, call(self.model, views), views), record
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -149,16 +173,21 @@ def image_pass(
     """
     if not objectives:
         return _per_sample(backbone.embed(views), samples, count), []
-    result, record = backbone.embed_recorded(views)
-    embeddings = _per_sample(widened(result), samples, count)
+    passes = list(backbone.passes(views))
+    embeddings = _per_sample(torch.cat([widened(own) for own, _ in passes]), samples, count)
     found = []
     for position, ready in enumerate(objectives, start=1):
         unit, norm = loss_gradient(backbone, ready, embeddings)
-        delta = record.gradient(
-            result, unit.flatten(0, 1).to(result.dtype), more=position < len(objectives)
+        parts = unit.flatten(0, 1).split([len(own) for own, _ in passes])
+        more = position < len(objectives)
+        pairs = [
+            factor_rows(record, *record.factors(result, part.to(result.dtype), more), len(result))
+            for (result, record), part in zip(passes, parts, strict=True)
+        ]
+        delta, activation = (
+            rows.unflatten(0, (samples, -1)).flatten(1, 2) for rows in joined(pairs)
         )
-        rows = factor_rows(OP, record, delta, len(result), len(embeddings))
-        found.append(Factors(*rows, norm))
+        found.append(Factors(delta, activation, norm))
     return embeddings, found
 
 
@@ -173,7 +202,9 @@ def _per_sample(embeddings: Tensor, samples: int, count: int) -> Tensor:
 
 
 def joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One batch of (δ, a); where parts have different numbers of rows, zeros fill up."""
+    """One batch of (δ, a) of parts; where these have different numbers of rows, zeros fill up."""
+    if len(pairs) == 1:
+        return pairs[0]
     rows = max(delta.shape[1] for delta, _ in pairs)
     deltas, activations = (
         torch.cat([F.pad(own, (0, 0, 0, rows - own.shape[1])) for own in side])

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fungi_rows import Deferred, Tokens, deferred, taken
+
 _LOCK = threading.Lock()
 _EVALUATING: weakref.WeakKeyDictionary[nn.Module, _Mode] = weakref.WeakKeyDictionary()
 
@@ -83,23 +85,56 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class LayerRecord:
-    """What the hook saw in one forward pass, and the gradients that start from it.
+    """What the hooks saw in one forward pass, and the gradients that start from it.
+
+    Args:
+        op: for messages.
+        model: that has the layer.
+        target_layer: its name.
+        rows: whether the layer, and what follows it, may be computed for those tokens alone that
+            are read, see :mod:`fmkernels.api.fungi_rows`.
 
     Attributes:
-        activation: (N, …, in), the layer's input.
-        output: (N, …, out), the leaf that autograd's tape begins at.
+        leaves: outputs of the layer that autograd's tape begins at, with the inputs that belong to
+            them: (N, …, out), (N, …, in). One pair, but for parts of the tokens, read one by one.
     """
 
-    def __init__(self, op: str, model: nn.Module, target_layer: str) -> None:
-        self.op, self.target_layer = op, target_layer
+    def __init__(self, op: str, model: nn.Module, target_layer: str, rows: bool = False) -> None:
+        self.op, self.target_layer, self._rows = op, target_layer, rows
         self.layer = linear_layer(op, model, target_layer)
         parent = target_layer.rpartition(".")[0]
         self._in_attention = isinstance(model.get_submodule(parent), nn.MultiheadAttention)
         self._thread = threading.get_ident()
         self._calls = 0
-        self.activation = self.output = torch.empty(0)
+        self._given = torch.empty(0)
+        self.leaves: list[tuple[Tensor, Tensor]] = []
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+    @property
+    def activation(self) -> Tensor:
+        """(N, …, in), the layer's input."""
+        return self.leaves[0][1]
+
+    @property
+    def output(self) -> Tensor:
+        """(N, …, out), the leaf that autograd's tape begins at."""
+        return self.leaves[0][0]
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        """Keep the input, and hand the layer one that computes what is read.
+
+        ``rest`` is (keyword arguments,), but nothing in another thread's pass during which this
+        hook is removed; see ``after``.
+        """
+        if threading.get_ident() != self._thread:
+            return None
+        (kwargs,) = rest
+        self._given = (args[0] if args else kwargs["input"]).detach()
+        if not self._rows:
+            return None
+        tokens = deferred(self._given)
+        return ((tokens, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tokens})
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
         """Cut the graph at the layer's output, and begin one there.
 
         ``rest`` is (keyword arguments, output), but (output,) in another thread's pass during which
@@ -107,31 +142,56 @@ class LayerRecord:
         """
         if threading.get_ident() != self._thread:
             return None
-        kwargs, output = rest
+        output = rest[-1]
         self._calls += 1
-        self.activation = (args[0] if args else kwargs["input"]).detach()
-        self.output = output.detach().requires_grad_()
         torch.set_grad_enabled(True)  # until capture() ends
-        return self.output.clone()  # a leaf could not be changed in place
+        if not isinstance(output, Deferred):
+            return self._leaf(output, self._given)
+        tokens, count = output.tokens, output.tokens.count
 
-    def gradient(self, result: Tensor, grad_result: Tensor, more: bool = False) -> Tensor:
-        """δ: the gradient of (result · grad_result) at the layer's output.
+        def begin(rows: range) -> Tensor:
+            return self._leaf(tokens.rows(rows), taken(self._given, rows, count))
 
-        ``more`` keeps the graph for another call.
+        return Deferred(Tokens(count, begin))
+
+    def _leaf(self, output: Tensor, activation: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        self.leaves.append((leaf, activation))
+        return leaf.clone()  # a leaf could not be changed in place
+
+    def factors(
+        self, result: Tensor, grad_result: Tensor, more: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """δ (N, …, out), the gradient of (result · grad_result) at the layer's output, and its a.
+
+        Only of rows that the result may depend on. ``more`` keeps the graph for another call.
         """
         self._check_passed()
-        found = None
+        found: tuple[Tensor | None, ...] = ()
+        leaves = [leaf for leaf, _ in self.leaves]
         if result.requires_grad:
-            (found,) = torch.autograd.grad(
-                result, self.output, grad_result, retain_graph=more, allow_unused=True
+            found = torch.autograd.grad(
+                result, leaves, grad_result, retain_graph=more, allow_unused=True
             )
-        if found is None:
+        pairs = [
+            (delta, activation)
+            for delta, (_, activation) in zip(found, self.leaves, strict=False)
+            if delta is not None
+        ]
+        if not pairs:
             raise ValueError(
                 f"{self.op}: target_layer: expected a layer that the model's result depends on, "
                 f"got {self.target_layer!r}: its output does not reach the result, or the model "
                 "leaves autograd off after it"
             )
-        return found
+        if len(pairs) == 1:
+            return pairs[0]
+        deltas, activations = zip(*pairs, strict=True)
+        return torch.cat(deltas, dim=1), torch.cat(activations, dim=1)
+
+    def gradient(self, result: Tensor, grad_result: Tensor, more: bool = False) -> Tensor:
+        """The first of :meth:`factors`."""
+        return self.factors(result, grad_result, more)[0]
 
     def _check_passed(self) -> None:
         expected = f"{self.op}: target_layer: expected a layer that is called once in each pass"
@@ -154,11 +214,14 @@ class LayerRecord:
 
 
 @contextlib.contextmanager
-def capture(op: str, model: nn.Module, target_layer: str) -> Iterator[LayerRecord]:
+def capture(
+    op: str, model: nn.Module, target_layer: str, rows: bool = False
+) -> Iterator[LayerRecord]:
     """Record one linear layer during the forward pass in this block, in this thread.
 
-    The model is in evaluation mode; autograd is off before the layer and on after it. On leaving,
-    also by an exception, hooks, modes and autograd are as before. Parameters are not touched.
+    With ``rows`` what follows it may be computed for some of the tokens only. The model is in
+    evaluation mode; autograd is off before the layer and on after it. On leaving, also by an
+    exception, hooks, modes and autograd are as before. Parameters are not touched.
 
     Example:
         >>> import torch
@@ -170,38 +233,33 @@ def capture(op: str, model: nn.Module, target_layer: str) -> Iterator[LayerRecor
         >>> delta.shape, record.activation.shape
         (torch.Size([5, 2]), torch.Size([5, 4]))
     """
-    record = LayerRecord(op, model, target_layer)
+    record = LayerRecord(op, model, target_layer, rows)
     with evaluation_mode(model), torch.inference_mode(False), torch.no_grad():
         with _LOCK:  # two threads could get one number for their hooks
-            handle = record.layer.register_forward_hook(record.hook, with_kwargs=True)
+            before = record.layer.register_forward_pre_hook(record.before, with_kwargs=True)
+            after = record.layer.register_forward_hook(record.after, with_kwargs=True)
         try:
             yield record
         finally:
             with _LOCK:
-                handle.remove()
+                after.remove()
+                before.remove()
 
 
 def factor_rows(
-    op: str, record: LayerRecord, delta: Tensor, views: int, samples: int
+    record: LayerRecord, delta: Tensor, activation: Tensor, views: int
 ) -> tuple[Tensor, Tensor]:
-    """δ and a of all views, (N, …, out) and (N, …, in), as (samples, S, out), (samples, S, in).
+    """δ and a of all views, (N, …, out) and (N, …, in), as (N, T, out), (N, T, in).
 
     Positions at which δ is exactly zero in every view are left out: with an embedding that is read
     off the CLS token after the last block, all but that one.
     """
-    activation = record.activation
     if len(delta) != views or len(activation) != views:
         raise ValueError(
-            f"{op}: target_layer: expected a layer with the {views} views in the first dimension, "
-            f"got an output of shape {tuple(delta.shape)} from {record.target_layer!r}"
+            f"{record.op}: target_layer: expected a layer with the {views} views in the first "
+            f"dimension, got an output of shape {tuple(delta.shape)} from {record.target_layer!r}"
         )
-    delta = delta.reshape(views, -1, delta.shape[-1])  # (N, T, out)
+    delta = delta.reshape(views, -1, delta.shape[-1])
     activation = activation.reshape(views, -1, activation.shape[-1])
     used = (delta != 0).any(dim=-1).any(dim=0)  # (T,)
-    if not bool(used.all()):
-        delta, activation = delta[:, used], activation[:, used]
-    rows = delta.shape[1] * (views // samples)
-    return (
-        delta.reshape(samples, rows, delta.shape[-1]),
-        activation.reshape(samples, rows, activation.shape[-1]),
-    )
+    return (delta, activation) if bool(used.all()) else (delta[:, used], activation[:, used])
