@@ -1,0 +1,29 @@
+"""FUNGI on digits: nearest neighbours by embeddings, by gradients of three losses, and by both.
+
+The parts are in fmkernels/demo: digits.py has the data, the network and its training without labels,
+gradient_features.py takes the features and evaluates them, gradient_similarities.py compares sketches.
+"""
+
+import argparse
+
+import torch
+
+from fmkernels.demo import gradient_features
+
+
+def main(seeds: int = 5, steps: int = gradient_features.STEPS) -> gradient_features.Report:
+    report = gradient_features.run(seeds, steps)
+    for headings, *rows in gradient_features.tables(report):
+        print()
+        for row in (headings, ["---"] * len(headings), *rows):
+            print("|", " | ".join(row), "|")
+    return report
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    main(arguments.seeds)
