@@ -1,7 +1,7 @@
 """FUNGI on digits: nearest neighbours by embeddings, by gradients of three losses, and by both.
 
-The parts are in fmkernels/demo: digits.py has the data, the network and its training without labels,
-gradient_features.py takes the features and evaluates them, gradient_similarities.py compares sketches.
+The parts are in fmkernels/demo: digits.py has the data and the network, gradient_features.py takes
+and evaluates features, gradient_similarities.py compares sketches.
 """
 
 import argparse

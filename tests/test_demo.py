@@ -1,5 +1,6 @@
 """The demo on a small setting; what it says where a package is missing."""
 
+import functools
 import importlib.util
 import os
 
@@ -14,7 +15,9 @@ from rich.console import Console
 from fmkernels import _library, cli, demo
 from fmkernels.demo import (
     beside_faiss,
+    classify_digits,
     comparison,
+    gradient_features,
     in_context,
     learn_order,
     photographs,
@@ -38,6 +41,7 @@ def small(monkeypatch):
     monkeypatch.setattr(beside_faiss, "PAIRS", 1)
     monkeypatch.setattr(timing, "busy_cores", lambda: 1.5)
     monkeypatch.setattr(in_context, "run", in_context_report)
+    monkeypatch.setattr(gradient_features, "run", gradient_report)
 
 
 def in_context_report(seeds, steps, neco_steps, *, pictures, say):
@@ -46,6 +50,13 @@ def in_context_report(seeds, steps, neco_steps, *, pictures, say):
     for name in in_context.PICTURES if pictures is not None else ():
         (pictures / name).touch()
     return in_context.Report({400: 0.25, 28800: 0.375}, [0.125], [0.375], [0.5], [0.625])
+
+
+def gradient_report(seeds, steps, *, say, embedding=0.75):
+    """What part 5 computes for half a minute; test_fungi_demo.py has the real one."""
+    say("seed 0")
+    scores = {"untrained embedding": [0.5], "embedding": [embedding], "embedding + all": [0.875]}
+    return gradient_features.Report(scores, scores, {"exact": {"KL": [0.625]}})
 
 
 @pytest.fixture
@@ -88,6 +99,9 @@ def test_all_parts(tmp_path, capsys):
         "4. The 30 most alike of 300 patches",
         "make the bank ready, search",
         "neighbours that are the same (recall)",
+        "5. Digits get the labels",
+        "embedding + all     │       87.5 │ +12.5",
+        "exact                     │ 62.5",
     ):
         assert words in output
     assert torch.get_num_threads() == 1
@@ -124,8 +138,11 @@ def test_says_what_to_install_without_photographs(capsys, hide):
 
 def test_digits_need_scikit_learn(capsys, hide):
     hide("sklearn")
+    words = "left out: scikit-learn is missing: pip install scikit-learn"
     assert segment_scenes.run(Console(width=100), None)
-    assert "left out: scikit-learn is missing: pip install scikit-learn" in capsys.readouterr().out
+    assert words in capsys.readouterr().out
+    assert classify_digits.run(Console(width=100))
+    assert words in capsys.readouterr().out
 
 
 @has_photographs
@@ -134,8 +151,10 @@ def test_a_part_that_does_not_show_its_point_fails_the_demo(capsys, monkeypatch)
     monkeypatch.setattr(training.Experiment, "step", lambda self: 0.0)
     report = in_context.Report({400: 0.1}, [0.2], [0.1], [0.1], [0.1])
     monkeypatch.setattr(in_context, "run", lambda *settings, **rest: report)
-    assert demo.run(None, steps=1, parts=(1, 3)) == 1
-    assert "demo: part 1 and 3: expected a better result" in capsys.readouterr().out
+    worse = functools.partial(gradient_report, embedding=0.25)
+    monkeypatch.setattr(gradient_features, "run", worse)
+    assert demo.run(None, steps=1, parts=(1, 3, 5)) == 1
+    assert "demo: part 1 and 3 and 5: expected a better result" in capsys.readouterr().out
 
 
 @has_photographs

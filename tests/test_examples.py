@@ -41,6 +41,21 @@ def test_learn_to_sort():
     assert load("learn_to_sort").main(steps=100) > 0.8
 
 
+def test_fungi_digits(capsys):
+    pytest.importorskip("sklearn")
+    report = load("fungi_digits").main(seeds=1, steps=3)
+    assert 0 < report.full["embedding + all"][0] < 1
+    assert "| embedding + KL |" in capsys.readouterr().out
+
+
+def test_compare_sketches(capsys):
+    pytest.importorskip("sklearn")
+    found = load("compare_sketches").main(networks=1, steps=3, seeds=3)
+    assert found["KL", "exact"][16] == found["KL", "exact"][256]
+    assert found["KL", "Kronecker"][16] != found["KL", "Kronecker"][256]
+    assert "| Kronecker |" in capsys.readouterr().out
+
+
 def test_in_context_segmentation():
     pytest.importorskip("sklearn")
     report = load("in_context_segmentation").main(seeds=1, steps=3, neco_steps=2)

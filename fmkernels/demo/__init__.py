@@ -1,8 +1,9 @@
-"""The demo: what the package is for, on real data, in four parts.
+"""The demo: what the package is for, on real data, in five parts.
 
 ``python -m fmkernels demo`` trains a small network on photographs until it orders neighbours as its
 teacher does, compares one such step with the installed diffsort package, segments scenes by
-retrieval, and searches patches beside the installed faiss. It takes one to two minutes.
+retrieval, searches patches beside the installed faiss, and classifies digits by gradients. It takes
+about two minutes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from fmkernels import __version__, _library, info
 from fmkernels.demo import (
     beside_diffsort,
     beside_faiss,
+    classify_digits,
     learn_order,
     photographs,
     segment_scenes,
 )
 
-PARTS = (1, 2, 3, 4)
+PARTS = (1, 2, 3, 4, 5)
 
 
 def run(pictures: Path | None, steps: int, parts: Collection[int] = PARTS) -> int:
@@ -46,6 +48,7 @@ def run(pictures: Path | None, steps: int, parts: Collection[int] = PARTS) -> in
         beside_diffsort.run,
         functools.partial(segment_scenes.run, pictures=pictures),
         beside_faiss.run,
+        classify_digits.run,
     )
     failed = []
     for number in sorted(parts):

@@ -1,8 +1,8 @@
 """A small vision transformer that learns scikit-learn's digits without their labels.
 
 It has a class token and plain linear layers, named as in timm: what FUNGI takes the gradient of,
-``attn.proj``, is there to be seen. The first half of the digits is to learn from, the second, by other
-writers, to test.
+``attn.proj``, is there to be seen. The first half of the digits is to learn from, the second, by
+other writers, to test.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """FUNGI features of digits: nearest neighbours by embedding, by gradients, and by both.
 
 A small vision transformer learns one half of scikit-learn's digits without their labels and is then
-frozen. Digits of the other half get the labels of their nearest neighbours among the first, or among
-five of each class: by the embedding, by the projected gradient of each objective, and by both. Then
-the same gradients are compared exactly, and by each kind of sketch.
+frozen. Digits of the other half get the labels of their nearest neighbours among the first, or
+among five of each class: by the embedding, by the projected gradient of each objective, and by
+both. Then the same gradients are compared exactly, and by each kind of sketch.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ VIEWS = ImageViews(
     std=(1.0,),
     global_scale=(0.5, 1.0),
     local_scale=(0.25, 0.5),
-    stride_scale=4,
+    stride_scale=2,
 )
-"""1 plain view, 12 crops that show more than those of a photograph, and 25 patches."""
+"""1 plain view, 12 crops that show more than those of a photograph, and 9 patches."""
 
 Sides = tuple[Tensor, Tensor]
 """Features of the half to learn from, and of the half to test."""
@@ -55,9 +55,9 @@ class Report(NamedTuple):
     similarities: dict[str, dict[str, list[float]]]
     """Exact or a sketch -> by which gradients, with all of the half to learn from."""
 
-    def gains(self, name: str, shots: bool = False) -> list[float]:
+    def gains(self, name: str, few: bool = False) -> list[float]:
         """Of some features over the embedding, with the same network."""
-        scores = self.few_shot if shots else self.full
+        scores = self.few_shot if few else self.full
         return [a - b for a, b in zip(scores[name], scores["embedding"], strict=True)]
 
 

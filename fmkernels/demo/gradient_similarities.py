@@ -17,7 +17,7 @@ KINDS = ("exact", *SKETCHES)
 NEIGHBORS = 20
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""Objective -> δ (N, S, out) and a (N, S, in) of N images, as ``FungiExtractor.gradients`` has them."""
+"""Objective -> δ (N, S, out) and a (N, S, in), as ``FungiExtractor.gradients`` has them."""
 
 
 def accuracies(
