@@ -290,7 +290,7 @@ class FungiExtractor:
         The parts of each objective come in order. Inputs go through the model once for each kind of
         views.
         """
-        size = count(inputs)
+        size, backbone = count(inputs), self.backbone.in_one_go()
         for kind, names in self._kinds().items():
             views = 1 if self.per_token else self.views.counts[kind]
             step = max(1, self.batch_size // views)
@@ -300,11 +300,11 @@ class FungiExtractor:
                 made = self._views(kind, part(inputs, start, stop), numbers[start:stop])
                 if self.per_token:
                     prefix = slice(self.prefix_tokens, None)
-                    tokens, found = token_pass(self.backbone, made, ready, self.neighbors)
+                    tokens, found = token_pass(backbone, made, ready, self.neighbors)
                     embeddings = tokens[:, prefix]
                     found = [factors.rows(prefix) for factors in found]
                 else:
-                    embeddings, found = image_pass(self.backbone, made, stop - start, views, ready)
+                    embeddings, found = image_pass(backbone, made, stop - start, views, ready)
                     embeddings = embeddings[:, 0]
                 if kind == "plain" and self.embedding:
                     yield "", embeddings
@@ -370,7 +370,7 @@ class FungiExtractor:
         """Latents (M', L) of the views of some inputs, or tokens (M', E), and of how many."""
         kind = "plain" if self.per_token else self.objectives[name].view
         views = 1 if self.per_token else self.views.counts[kind]
-        step = max(1, self.batch_size // views)
+        step, backbone = max(1, self.batch_size // views), self.backbone.in_one_go()
         for start in range(0, len(chosen), step):
             numbers = chosen[start : start + step]
             inputs = collate([dataset[number] for number in numbers])
@@ -378,10 +378,10 @@ class FungiExtractor:
             made = self._views(kind, inputs, numbers)
             with torch.inference_mode(False), torch.no_grad():
                 if self.per_token:
-                    tokens = embed_tokens(self.backbone, made)
+                    tokens = embed_tokens(backbone, made)
                     found = tokens[:, self.prefix_tokens :].flatten(0, 1)
                 else:
-                    embeddings = self.backbone.embed(made)
+                    embeddings = backbone.embed(made)
                     found = state.heads[name]["head"].like(embeddings)(embeddings)
             yield found, len(numbers)
 
@@ -389,7 +389,7 @@ class FungiExtractor:
         return fingerprint(
             self.backbone.model,
             self.state,
-            self.backbone[1:],
+            self.backbone[1:4],
             self.seed,
             self.embedding,
             self.per_token,

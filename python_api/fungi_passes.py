@@ -68,6 +68,12 @@ class Backbone(NamedTuple):
     target_layer: str
     pooling: Pooling
     dtype: torch.dtype | None
+    halves: _inference.Halves | None = None
+    """Weights in half precision, where passes share them."""
+
+    def in_one_go(self) -> Backbone:
+        """The same for passes between which no weight changes."""
+        return self._replace(halves={})
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +96,8 @@ class Backbone(NamedTuple):
                 stack.enter_context(torch.autocast(place.type, dtype=self.dtype))
             half = next(self.model.parameters()).dtype == torch.bfloat16
             if half or torch.is_autocast_enabled(place.type):
-                stack.enter_context(_inference.faster_attention(place))
+                halves = {} if self.halves is None else self.halves
+                stack.enter_context(_inference.half_precision(place, halves))
             yield
 
     @contextlib.contextmanager
