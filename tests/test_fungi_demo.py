@@ -52,17 +52,20 @@ def test_the_halves_share_no_digit_and_seeds_only_order_the_first():
     assert (first.train.min(), first.train.max()) == (0, 1)
 
 
-def test_training_without_labels_tells_digits_apart():
+@torch.no_grad()
+def found_again(model, images):
+    """Share of digits whose embedding is the nearest to that of another view of them."""
+    one, other = (F.normalize(model(digits.random_view(images)), dim=1) for _ in range(2))
+    return ((one @ other.mT).argmax(dim=1) == torch.arange(len(images))).double().mean().item()
+
+
+def test_training_brings_views_of_a_digit_together():
     model, data = digits.start(0)
-    before = gradient_features.embeddings(model, data)
+    before = found_again(model, data.test)
     losses = digits.pretrain(model, data.train, 40)
     assert not model.training
     assert statistics.mean(losses[-5:]) < statistics.mean(losses[:5]) - 1  # 5.4 to 3.4 when written
-
-    def score(sides):
-        return KNNClassifier().fit(sides[0], data.train_labels).score(sides[1], data.test_labels)
-
-    assert score(gradient_features.embeddings(model, data)) > score(before)
+    assert found_again(model, data.test) > 2 * before  # 0.03 to 0.11
 
 
 def test_views_keep_a_digit_in_sight():
@@ -114,15 +117,14 @@ def test_the_vote_is_that_of_the_classifier(prepared):
 def test_features_are_the_blocks_of_the_extractor(prepared):
     data, fungi, (train, _), embeddings = prepared
     found = gradient_features.features(fungi, data)
-    whole = F.normalize(fungi(data.train), dim=1)
-    torch.testing.assert_close(found["embedding + all"][0], whole)
+    torch.testing.assert_close(found["embedding + all"][0], fungi(data.train))
     for side, own in zip(embeddings, found["embedding"], strict=True):
         torch.testing.assert_close(own, side)
     sketch = fungi.state.projection
     rows = gradient_similarities.projected(train, sketch)
     for name, own in zip(ROWS, rows, strict=True):
         torch.testing.assert_close(found[name][0], F.normalize(own, dim=1))
-    pair = F.normalize(torch.cat([found["embedding"][1], found["KL"][1]], dim=1), dim=1)
+    pair = torch.cat([found["embedding"][1], found["KL"][1]], dim=1)
     torch.testing.assert_close(found["embedding + KL"][1], pair)
 
 
@@ -134,7 +136,7 @@ def test_effective_ranks_and_variances_are_those_of_the_formulas():
         "four": (rows, 100 * torch.linalg.qr(torch.randn(digits.DIM, 4)).Q.mT[None]),
     }
     ranks = {name: gradient_similarities.effective_ranks(*own) for name, own in factors.items()}
-    assert ranks["one"].item() == pytest.approx(1)
+    assert ranks["one"].item() == pytest.approx(1, rel=1e-4)
     assert ranks["four"].item() == pytest.approx(4, rel=1e-2)  # the bias adds a little
     for kind in gradient_similarities.SKETCHES:
         measured = gradient_similarities.variances(factors, kind, 16, 600)

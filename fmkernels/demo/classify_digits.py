@@ -12,8 +12,8 @@ from fmkernels.demo.timing import spare_threads
 def run(console: Console) -> bool:
     """Train, take gradients, classify; whether training without labels made better embeddings."""
     console.print(
-        "Digits get the labels of their nearest neighbours, by embeddings and by FUNGI's gradients:\n"
-        "   no label takes part in the training, nor in the losses"
+        "Digits get the labels of their nearest neighbours, by embeddings and by FUNGI's "
+        "gradients:\n   no label takes part in the training, nor in the losses"
     )
     if not is_there(console, "sklearn", "scikit-learn"):
         return True
