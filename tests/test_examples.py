@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from small_digits import shrink
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -41,15 +42,17 @@ def test_learn_to_sort():
     assert load("learn_to_sort").main(steps=100) > 0.8
 
 
-def test_fungi_digits(capsys):
+def test_fungi_digits(capsys, monkeypatch):
     pytest.importorskip("sklearn")
+    shrink(monkeypatch)
     report = load("fungi_digits").main(seeds=1, steps=3)
     assert 0 < report.full["embedding + all"][0] < 1
     assert "| embedding + KL |" in capsys.readouterr().out
 
 
-def test_compare_sketches(capsys):
+def test_compare_sketches(capsys, monkeypatch):
     pytest.importorskip("sklearn")
+    shrink(monkeypatch)
     found = load("compare_sketches").main(networks=1, steps=3, seeds=3)
     assert found["KL", "exact"][16] == found["KL", "exact"][256]
     assert found["KL", "Kronecker"][16] != found["KL", "Kronecker"][256]

@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 import torch
+from small_digits import shrink
 from torch.nn import functional as F
 
 pytest.importorskip("sklearn")
@@ -16,16 +17,7 @@ ROWS = {"KL": 1, "DINO": 12, "SimCLR": 9}
 
 @pytest.fixture
 def few(monkeypatch):
-    """60 digits to learn from and 40 to test, in batches of 16."""
-    halves = digits.halves
-    monkeypatch.setattr(digits, "BATCH", 16)
-    monkeypatch.setattr(
-        digits,
-        "halves",
-        lambda seed: digits.Digits(
-            *(x[:60] for x in halves(seed)[:2]), *(x[:40] for x in halves(seed)[2:])
-        ),
-    )
+    shrink(monkeypatch)
 
 
 @pytest.fixture
