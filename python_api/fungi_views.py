@@ -300,7 +300,7 @@ def _image(position: int, image: Any) -> Tensor:
                 f"{OP}: images[{position}]: expected a tensor (3, H, W), an array (H, W, 3) or a "
                 f"PIL image, got {type(image).__name__}"
             )
-        image = torch.from_numpy(array).permute(2, 0, 1)
+        image = torch.from_numpy(array).permute(2, 0, 1).contiguous()
     if image.ndim != 3:
         raise ValueError(
             f"{OP}: images[{position}]: expected shape (3, H, W), got {tuple(image.shape)}"
@@ -315,7 +315,7 @@ def _unit(images: Tensor) -> Tensor:
         return images.float()
     if images.dtype != torch.uint8:
         raise TypeError(f"{OP}: images: expected uint8 or floats, got {images.dtype}")
-    return images.float() / 255
+    return images.float().div_(255)
 
 
 def _in_order(groups: list[tuple[list[int], Tensor]], make: Callable[[Tensor], Tensor]) -> Tensor:
