@@ -40,7 +40,7 @@ $(PEERS)/ready: $(VENV)/torch Makefile
 	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS)/triton-3.6 triton==3.6.0 numpy==2.3.5
 	@touch $@
 
-demo: $(SETUP) ## NeCo's loss, in-context segmentation and search on real data, beside diffsort and faiss
+demo: $(SETUP) ## NeCo's loss, segmentation, search and FUNGI on real data, beside diffsort and faiss
 	$(BIN)/python -m fmkernels demo
 
 test: $(SETUP) $(PEERS)/ready ## all tests (some minutes)
