@@ -6,6 +6,8 @@ compared exactly and by sketches of 16, 64 and 256 numbers.
 
 import argparse
 
+import torch
+
 from fmkernels.demo import digits, gradient_features, gradient_similarities
 from fmkernels.demo.gradient_features import OBJECTIVES, spread
 from fmkernels.demo.gradient_similarities import KINDS, SKETCHES, accuracies
@@ -65,5 +67,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=500, help="random matrices of a variance")
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     main(arguments.networks, seeds=arguments.seeds)

@@ -23,7 +23,8 @@ def main(seeds: int = 5, steps: int = gradient_features.STEPS) -> gradient_featu
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=gradient_features.STEPS, help="of training")
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    main(arguments.seeds)
+    main(arguments.seeds, arguments.steps)

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from fmkernels.demo import gradient_features
 from fmkernels.demo.report import is_there, table
-from fmkernels.demo.timing import spare_threads
+from fmkernels.demo.timing import threads
 
 
 def run(console: Console) -> bool:
@@ -17,13 +17,11 @@ def run(console: Console) -> bool:
     )
     if not is_there(console, "sklearn", "scikit-learn"):
         return True
-    with spare_threads() as note, console.status("training, about half a minute") as status:
+    with threads(1), console.status("training, about half a minute") as status:
         report = gradient_features.run(1, gradient_features.STEPS, say=status.update)
     for headings, *rows in gradient_features.tables(report):
         made = table(*headings, caption="one seed: differences of less than a percent are chance")
         for row in rows:
             made.add_row(*row)
         console.print(made)
-    if note:
-        console.print(f"{note}.")
     return report.full["embedding"] > report.full["untrained embedding"]
