@@ -20,7 +20,7 @@ def run(console: Console) -> bool:
     with threads(1), console.status("training, about half a minute") as status:
         report = gradient_features.run(1, gradient_features.STEPS, say=status.update)
     for headings, *rows in gradient_features.tables(report):
-        made = table(*headings, caption="one seed: differences of less than a percent are chance")
+        made = table(*headings, caption="one seed: differences of less than 2 are chance")
         for row in rows:
             made.add_row(*row)
         console.print(made)
