@@ -8,6 +8,8 @@ import parity
 import pytest
 import roofline
 from beside import beside, in_a_process
+from fungi import e2e
+from fungi.e2e_providers import PEERS as FOLDER_OF_PEERS
 from fungi.providers import packed, stored_matrix
 from fungi.report import OURS
 from fungi.report import measurement as key
@@ -116,3 +118,32 @@ def test_instruction_sets(isa, record):
     parity.check(WORKLOADS["fungi-kl-s-64"], "float32")
     facts = in_a_process("fungi-kl-b-64", "float32", FMKERNELS_CPU_ISA=isa)
     record("fungi-kl-b-64", f"float32, {isa}", **facts)
+
+
+needs_fungivision = pytest.mark.skipif(
+    not (FOLDER_OF_PEERS / "fungivision").exists(), reason="needs `make .peers/ready`"
+)
+END_TO_END = [
+    ("fmkernels", "fungivision"),
+    ("fmkernels-bfloat16", "fungivision"),
+    ("fmkernels", "forwards"),
+]
+"""Ours, peer."""
+E2E_LIMIT_S = 1800
+"""A call takes seconds, and what it returns is checked before."""
+
+
+@needs_fungivision
+@pytest.mark.parametrize(("ours", "peer"), END_TO_END)
+@pytest.mark.parametrize("name", e2e.WORKLOADS)
+def test_speed_from_pictures_to_features(name, ours, peer, record):
+    facts = in_a_process(name, peer, E2E_LIMIT_S, ours)
+    record(name, e2e.measurement(peer, ours), **facts)
+
+
+@needs_fungivision
+@pytest.mark.parametrize("name", ["fungi-e2e-kl", "fungi-e2e-all"])
+def test_memory_from_pictures_to_features(name, record):
+    who = ("fmkernels", "fmkernels-bfloat16", "forwards", "fungivision")
+    peak = {each: measure.peak_extra_bytes(name, each, processes=1) for each in who}
+    record(name, "memory", peak_bytes=peak)

@@ -24,14 +24,16 @@ def beside(
     return measure.ratio(pairs=pairs, **steps) | found
 
 
-def in_a_process(name: str, peer: str, limit_s: float = 600, **environment: str) -> dict[str, Any]:
+def in_a_process(
+    name: str, peer: str, limit_s: float = 600, ours: str = "fmkernels", **environment: str
+) -> dict[str, Any]:
     """The same in a process of its own: for what is read at start-up, or may take for ever.
 
     Raises:
         subprocess.TimeoutExpired: after ``limit_s`` seconds.
     """
     output = subprocess.run(
-        [sys.executable, __file__, name, peer],
+        [sys.executable, __file__, name, peer, ours],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         text=True,

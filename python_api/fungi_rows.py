@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ELEMENTWISE = frozenset(
-    "add sub mul div __radd__ __rsub__ __rmul__ __rdiv__ neg gelu silu relu tanh sigmoid dropout "
-    "to float double half bfloat16 contiguous clone".split()
-)
+ARITHMETIC = ("add", "sub", "mul", "div", "__radd__", "__rsub__", "__rmul__", "__rdiv__", "neg")
+ACTIVATIONS = ("gelu", "silu", "relu", "tanh", "sigmoid", "dropout")
+COPIES = ("to", "float", "double", "half", "bfloat16", "contiguous", "clone")
+ELEMENTWISE = frozenset((*ARITHMETIC, *ACTIVATIONS, *COPIES))
 """Functions of numbers by themselves, by name; of sums and products, also with tensors."""
 FEATUREWISE = frozenset(("linear", "layer_norm", "rms_norm"))
 """Functions of the features of each token; the first argument has the tokens."""
@@ -30,7 +30,7 @@ QUESTIONS = frozenset(("size", "dim", "numel", "is_floating_point", "is_complex"
 FIRST = range(1)
 
 
-class NotDeferrable(RuntimeError):
+class NotDeferrableError(RuntimeError):
     """The model changes a tensor in place that something not yet computed depends on."""
 
 
@@ -64,7 +64,7 @@ class Tokens:
         """(N, len(wanted), C)"""
         if wanted not in self._found:
             if any(_version(tensor) != seen for tensor, seen in self._inputs):
-                raise NotDeferrable("a tensor was changed in place")
+                raise NotDeferrableError("a tensor was changed in place")
             with self._modes():
                 self._found[wanted] = self._compute(wanted)
         return self._found[wanted]
@@ -148,7 +148,7 @@ class Deferred(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Where ``__torch_function__`` was not asked, autograd would not see what is done."""
-        raise NotDeferrable(f"{func} was called past __torch_function__")
+        raise NotDeferrableError(f"{func} was called past __torch_function__")
 
 
 def _treats_tokens_alike(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -227,7 +227,7 @@ def _with_all(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     before = [_version(tensor) for tensor in given]
     result = func(*args, **kwargs)
     if before != [_version(tensor) for tensor in given]:
-        raise NotDeferrable(f"{func} changed a tensor in place")
+        raise NotDeferrableError(f"{func} changed a tensor in place")
     return result
 
 
@@ -246,5 +246,5 @@ def _computed(value: Any, given: list[Tensor]) -> Any:
 def _version(tensor: Tensor) -> int:
     """How often a tensor was changed in place."""
     if tensor.is_inference():
-        raise NotDeferrable("a tensor of torch.inference_mode does not count changes in place")
+        raise NotDeferrableError("a tensor of torch.inference_mode does not count changes in place")
     return tensor._version

@@ -103,6 +103,11 @@ def agree(what: str, theirs: Tensor, ours: Tensor) -> None:
     assert worst >= AGREES, f"{what}: cosine {worst} to the peer's, expected {AGREES}"
 
 
+def measurement(peer: str, ours: str = "fmkernels") -> str:
+    """The key of a ratio in the results."""
+    return f"end to end, {peer}" + ("" if ours == "fmkernels" else f", {ours}")
+
+
 WORKLOADS: dict[str, Workload] = {
     "fungi-e2e-kl": Extracting(16, ("KL",)),
     "fungi-e2e-dino": Extracting(4, ("DINO",)),

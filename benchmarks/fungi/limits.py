@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from limits import Limit, Results, exactly, ratio
+
+from fungi.e2e import WORKLOADS, measurement
 
 
 def stored_share(results: Results) -> dict[str, float]:
@@ -10,6 +14,40 @@ def stored_share(results: Results) -> dict[str, float]:
     stored = results["fungi-kl-b-1"]["stored"]["bytes"]
     return exactly(100 * stored["fmkernels-packed"] / stored["float32"])
 
+
+def of_forwards(name: str) -> Callable[[Results], dict[str, float]]:
+    """Of the time of the plain forward passes, what ours takes."""
+
+    def figure(results: Results) -> dict[str, float]:
+        found = results[name][measurement("forwards")]
+        turned = {"low": "high", "median": "median", "high": "low"}
+        return found | {end: 1 / found[other] for end, other in turned.items()}
+
+    return figure
+
+
+def in_bfloat16(name: str, fact: str = "") -> Callable[[Results], dict[str, float]]:
+    """The ratio to fungivision, or another fact; nothing on a CPU without such instructions."""
+
+    def figure(results: Results) -> dict[str, float]:
+        found = results[name][measurement("fungivision", "fmkernels-bfloat16")]
+        if not found["native_bfloat16"]:
+            raise KeyError(name)
+        return exactly(found[fact]) if fact else found
+
+    return figure
+
+
+END_TO_END = tuple(
+    limit
+    for name in WORKLOADS
+    for limit in (
+        Limit(f"`{name}`, beside the plain forward passes", "≤ 1.08 ×", of_forwards(name)),
+        Limit(f"`{name}`, beside fungivision", "≥ 1 ×", ratio(name, measurement("fungivision"))),
+        Limit(f"`{name}` in bfloat16, beside fungivision", "≥ 2.2 ×", in_bfloat16(name)),
+        Limit(f"its cosine to float32, `{name}`", "≥ 0.99 cosine", in_bfloat16(name, "cosine")),
+    )
+)
 
 LIMITS = (
     Limit(
@@ -44,4 +82,5 @@ LIMITS = (
         "≤ 1.2 ×",
         ratio("fungi-simclr-32", "linear in rows"),
     ),
+    *END_TO_END,
 )

@@ -16,6 +16,7 @@ from markdown import (
     verdicts,
 )
 
+from fungi import e2e
 from fungi.limits import LIMITS
 from fungi.workloads import WORKLOADS
 
@@ -52,6 +53,7 @@ def details(content: dict[str, Any]) -> list[str]:
         *speeds(results),
         *kinds(results),
         *instruction_sets(results),
+        *end_to_end(results),
         *costs(results),
         *memory(results),
     ]
@@ -85,6 +87,23 @@ def instruction_sets(results: Results) -> list[str]:
     shown = by_instruction_set(results.get("fungi-kl-b-64", {}), "float32", ISAS)
     words = "`fungi-kl-b-64`, `CountSketch` beside float32, in another instruction set"
     return ["", f"{words}: {shown}."] if shown else []
+
+
+def end_to_end(results: Results) -> list[str]:
+    """From pictures to features."""
+    columns = {
+        "float32, beside fungivision": e2e.measurement("fungivision"),
+        "bfloat16, beside fungivision": e2e.measurement("fungivision", "fmkernels-bfloat16"),
+        "float32, beside the plain forward passes": e2e.measurement("forwards"),
+    }
+    rows = (
+        (
+            f"`{name}`, {problem.views} views",
+            *(times(results.get(name, {}).get(column)) for column in columns.values()),
+        )
+        for name, problem in e2e.WORKLOADS.items()
+    )
+    return table(("`FungiExtractor`, times faster", *columns), rows)
 
 
 def costs(results: Results) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from workload import INPUT_SETS, Device, Workload, in_turn, normal
 
-from fungi import parity
+from fungi import e2e, parity
 from fungi.providers import PROVIDERS
 
 DELTA = 1e-8
@@ -77,4 +77,5 @@ WORKLOADS: dict[str, Workload] = {
     "fungi-simclr-4": vit(384, 4, rows=49),
     "fungi-simclr-32": vit(384, 32, rows=49),
     "fungi-tokens": vit(384, 4096),
+    **e2e.WORKLOADS,
 }

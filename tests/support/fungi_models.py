@@ -52,7 +52,9 @@ class SmallViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return {"cls": x[:, 0], "mean": x.mean(dim=1), None: x}[self.pool]
+        if self.pool is None:
+            return x
+        return x[:, 0] if self.pool == "cls" else x.mean(dim=1)
 
 
 LAST = "blocks.1.attn.proj"
