@@ -68,8 +68,11 @@ class FungiExtractor:
         per_token: features of every patch, for in-context segmentation, see :meth:`__call__`.
         prefix_tokens: tokens in front that are no patches; only with ``per_token``.
         neighbors: negatives of a token, its nearest ones in memory; only with ``per_token``.
-        dtype: run the model under autocast in ``torch.bfloat16`` or ``torch.float16``.
-        batch_size: views, not inputs, in one forward pass; an input's views stay together.
+        dtype: run the model under autocast in ``torch.bfloat16`` or ``torch.float16``. On a CPU
+            with instructions for it bfloat16 takes half the time; weights are then cast once in
+            each call, and the model keeps its own.
+        batch_size: views, not inputs, that are made at a time; an input's views stay together. A
+            CPU takes them in parts that suit its memory.
 
     Raises:
         TypeError: an argument of the wrong kind.
