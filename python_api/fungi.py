@@ -15,8 +15,18 @@ from fmkernels.ops.project_gradients import Projection
 
 from .arrays import progress_bar
 from .fungi_file import FeatureFile, FeatureRows
-from .fungi_inputs import checked_numbers, collate, count, indexed, loaded, part
-from .fungi_objectives import DINO, KL, PRESETS, Objective, SimCLR
+from .fungi_inputs import (
+    checked_numbers,
+    collate,
+    count,
+    explained,
+    indexed,
+    loaded,
+    marks,
+    part,
+    without_addresses,
+)
+from .fungi_objectives import PRESETS, Objective
 from .fungi_passes import OP, Backbone, Factors, Ready, image_pass, joined
 from .fungi_pooling import Pooling, check_pooling
 from .fungi_random import derived_seed
@@ -26,8 +36,8 @@ from .fungi_setup import (
     made_projection,
     named_objectives,
 )
-from .fungi_state import ExtractorState, fingerprint
-from .fungi_tokens import embed_tokens, token_pass
+from .fungi_state import ExtractorState, checksums, differences
+from .fungi_tokens import embed_tokens, patch_tokens, token_pass
 from .fungi_views import Views
 from .gradient_capture import linear_layer
 
@@ -54,18 +64,21 @@ class FungiExtractor:
             last attention: ``"blocks.11.attn.proj"`` (timm), ``"layers.11.attention.o_proj"``
             (transformers' ViT).
         objectives: any of :class:`KL`, :class:`DINO`, :class:`SimCLR`, or your own
-            :class:`Objective`. :class:`SimCLR` needs :meth:`fit_negatives`.
+            :class:`Objective`. :class:`SimCLR` needs :meth:`fit_negatives`. If None, those of the
+            three whose views there are: no :class:`DINO` with texts or ``per_token``.
         projection: ``"count"`` (fastest), ``"rademacher"`` (the paper's), ``"khatri_rao"``, or a
-            projection made for the layer.
+            projection made for the layer, such as a :class:`~fmkernels.Kronecker`.
         preset: what the paper's scripts do, or its published library (``"library"``).
-        seed: of heads, projection, random views and the choice of negatives.
+        seed: of heads, projection, random views and the choice of negatives: an integer from 0
+            to 2**63 − 1.
         dim: K, numbers per gradient; that of the embedding if None.
         pooling: from the model's output to embeddings: None (it is the embedding), ``"cls"``,
             ``"mean"``, ``"pooler"``, or a function (output, views) -> (N, E).
         views: :class:`ImageViews`, :class:`TextViews`, :class:`CustomViews` or alike;
             ``ImageViews()`` if None.
         embedding: whether the features begin with the embedding.
-        per_token: features of every patch, for in-context segmentation, see :meth:`__call__`.
+        per_token: features of every patch, for in-context segmentation, see :meth:`__call__`;
+            ``pooling`` is then None or a function that gives tokens (N, T, E).
         prefix_tokens: tokens in front that are no patches; only with ``per_token``.
         neighbors: negatives of a token, its nearest ones in memory; only with ``per_token``.
         dtype: run the model under autocast in ``torch.bfloat16`` or ``torch.float16``. On a CPU
@@ -122,16 +135,22 @@ class FungiExtractor:
         check_pooling(OP, pooling)
         if dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(
-                f"{OP}: dtype: expected torch.bfloat16, torch.float16 or None, got {dtype}"
+                f"{OP}: dtype: expected torch.bfloat16, torch.float16, or None for that of the "
+                f"model, got {dtype!r}"
             )
         self.backbone = Backbone(model, target_layer, pooling, dtype)
-        self.preset, self.seed, self.embedding = preset, int(seed), bool(embedding)
-        self.per_token, self.prefix_tokens = bool(per_token), int(prefix_tokens)
+        self.preset, self.seed = preset, _checks.integer_below(OP, "seed", seed, 63)
+        self.embedding, self.per_token = bool(embedding), bool(per_token)
+        if self.per_token and isinstance(pooling, str):
+            raise ValueError(
+                f"{OP}: pooling: expected None or a function (output, views) -> tokens (N, T, E) "
+                f"with per_token=True, got {pooling!r}"
+            )
+        self.prefix_tokens = _checks.integer_below(OP, "prefix_tokens", prefix_tokens, 31)
         self.neighbors = _checks.positive_integer(OP, "neighbors", neighbors)
         self.batch_size = _checks.positive_integer(OP, "batch_size", batch_size)
         self.views = completed_views(views, preset)
-        chosen = (KL(), DINO(), SimCLR()) if objectives is None else objectives
-        self.objectives = named_objectives(chosen, preset, self.views, self.per_token)
+        self.objectives = named_objectives(objectives, preset, self.views, self.per_token)
         if not self.objectives and not self.embedding:
             raise ValueError(f"{OP}: objectives: expected one or embedding=True, got neither")
         self._dim = None if dim is None else _checks.positive_integer(OP, "dim", dim, ", or None")
@@ -147,6 +166,9 @@ class FungiExtractor:
             f"seed={self.seed})"
         )
 
+    # what is made in here counts for the tape, whatever mode the caller is in
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __call__(self, inputs: Any, numbers: Sequence[int] | None = None) -> Tensor:
         """Features of a batch: (B, blocks · width), float32, on the model's device.
 
@@ -163,20 +185,21 @@ class FungiExtractor:
         numbers = checked_numbers(inputs, numbers)
         blocks: dict[str, list[Tensor]] = {}
         pending: list[tuple[str, Factors]] = []
-        with torch.inference_mode(False), torch.no_grad():
-            state = self._prepared(inputs).to(self.backbone.device)
-            for name, found in self._passes(state, inputs, numbers):
-                if isinstance(found, Tensor):
-                    blocks.setdefault(name, []).append(F.normalize(found, dim=-1).float())
-                    continue
-                pending.append((name, found))
-                if sum(factors.nbytes for _, factors in pending) > PENDING:
-                    self._project(state, pending, blocks)
-            self._project(state, pending, blocks)
+        state = self._prepared(inputs).to(self.backbone.device)
+        for name, found in self._passes(state, inputs, numbers):
+            if isinstance(found, Tensor):
+                blocks.setdefault(name, []).append(F.normalize(found, dim=-1).float())
+                continue
+            pending.append((name, found))
+            if sum(factors.nbytes for _, factors in pending) > PENDING:
+                self._project(state, pending, blocks)
+        self._project(state, pending, blocks)
         order = [name for name in ("", *self.objectives) if name in blocks]
         features = torch.cat([torch.cat(blocks[name]) for name in order], dim=-1)
         return F.normalize(features, dim=-1) if self.per_token else features
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def gradients(
         self, inputs: Any, numbers: Sequence[int] | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -187,14 +210,15 @@ class FungiExtractor:
         """
         numbers = checked_numbers(inputs, numbers)
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        with torch.inference_mode(False), torch.no_grad():
-            state = self._prepared(inputs).to(self.backbone.device)
-            for name, factors in self._passes(state, inputs, numbers):
-                if isinstance(factors, Factors):
-                    pair = factors.scaled_delta(), factors.activation
-                    found.setdefault(name, []).append(pair)
+        state = self._prepared(inputs).to(self.backbone.device)
+        for name, factors in self._passes(state, inputs, numbers):
+            if isinstance(factors, Factors):
+                pair = factors.scaled_delta(), factors.activation
+                found.setdefault(name, []).append(pair)
         return {name: joined(pairs) for name, pairs in found.items()}
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fit_negatives(self, dataset: Any, *, progress: bool = False) -> FungiExtractor:
         """Make the fixed negatives of the objectives that need some; returns self.
 
@@ -212,7 +236,8 @@ class FungiExtractor:
             if not objective.wanted_negatives:
                 continue
             draw = torch.Generator().manual_seed(derived_seed(self.seed, "negatives", name))
-            chosen = torch.randperm(len(dataset), generator=draw)[: objective.wanted_negatives]
+            order = torch.randperm(len(dataset), generator=draw, device=draw.device)
+            chosen = order[: objective.wanted_negatives]
             if not len(chosen):
                 raise ValueError(f"{op}: dataset: expected at least one input, got none")
             found = []
@@ -224,6 +249,8 @@ class FungiExtractor:
                 self.state = self.state.with_negatives(name, torch.cat(found))
         return self
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def extract(
         self,
         dataset: Any,
@@ -236,17 +263,22 @@ class FungiExtractor:
         """Features of a dataset, in its order.
 
         Args:
-            dataset: a folder of images, or a dataset with a length and items by index, each an
-                input or a tuple that begins with one.
+            dataset: a folder of images, with the folders in it, in the order of their paths; or a
+                dataset with a length and items by index, each an input or a tuple that begins with
+                one.
             path: of a .npy file, to which each batch is written when it is done. A run that was
-                interrupted goes on there if model, extractor and dataset's length are the same; a
-                small file ``path`` + ``.json`` keeps count.
+                interrupted goes on there; a small file ``path`` + ``.json`` keeps count, and what
+                the features are of: the weights, the extractor's state and settings, names, sizes
+                and times of a folder's files, of another dataset the length, the first and the last
+                input. Another one's features are refused. What lies between the first and the last
+                input, and a function of the same name, it does not tell.
             batch_size: inputs that are loaded at a time.
             num_workers: processes that load them.
             progress: show a bar (needs tqdm).
 
         Returns:
-            A tensor (N, …) on the CPU, or with ``path`` a NumPy array that is mapped from the file.
+            A tensor (N, …) on the CPU, or with ``path`` a NumPy array that is mapped from the file,
+            read-only.
         """
         op = f"{OP}.extract"
         dataset = indexed(op, dataset)
@@ -257,7 +289,7 @@ class FungiExtractor:
         if path is not None:
             if self.state.projection is None:
                 self._prepared(collate([dataset[0]]))
-            rows = FeatureFile(op, path, len(dataset), self._fingerprint())
+            rows = FeatureFile(op, path, len(dataset), marks(dataset) | self._source())
         batches = loaded(dataset, rows.done, batch_size, num_workers)
         with progress_bar(progress, len(dataset), "features") as advance:
             advance(rows.done)
@@ -270,18 +302,30 @@ class FungiExtractor:
     def state_dict(self) -> dict[str, Any]:
         """Heads, projection and negatives: what another process needs for compatible features.
 
-        Heads and projection are there from the first call on.
+        Heads and projection are there from the first call on. The settings that go with them are
+        there to be compared.
         """
-        return self.state.state_dict()
+        return {**self.state.state_dict(), "settings": self._settings()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the heads, the projection and the negatives of another extractor.
+        """Copy the heads, the projection and the negatives of another extractor.
+
+        Make this one with the same arguments; ``embedding``, ``dtype`` and ``batch_size`` are free,
+        and so is ``projection``, which is replaced. The model is not looked at.
 
         Raises:
-            ValueError: they are of other objectives, or of a layer of another size.
+            ValueError: they are of other objectives, of a layer of another size, or go with other
+                settings.
         """
-        found = ExtractorState.loaded(state, self.objectives)
+        found = ExtractorState.loaded(state, self.objectives, self.per_token)
         checked_projection(found.projection, self._layer, self._dim)
+        differing = differences(state["settings"], self._settings())
+        if differing:
+            raise ValueError(
+                f"{OP}.load_state_dict: state: expected one of an extractor with the same "
+                f"settings, got one with {differing}; make this one with the same arguments"
+            )
         with self._lock:
             self.state = found
 
@@ -302,10 +346,9 @@ class FungiExtractor:
                 stop = min(start + step, size)
                 made = self._views(kind, part(inputs, start, stop), numbers[start:stop])
                 if self.per_token:
-                    prefix = slice(self.prefix_tokens, None)
                     tokens, found = token_pass(backbone, made, ready, self.neighbors)
-                    embeddings = tokens[:, prefix]
-                    found = [factors.rows(prefix) for factors in found]
+                    embeddings = patch_tokens(tokens, self.prefix_tokens)
+                    found = [factors.rows(slice(self.prefix_tokens, None)) for factors in found]
                 else:
                     embeddings, found = image_pass(backbone, made, stop - start, views, ready)
                     embeddings = embeddings[:, 0]
@@ -322,14 +365,16 @@ class FungiExtractor:
 
     def _views(self, kind: str, inputs: Any, numbers: Sequence[int]) -> Any:
         seeds = [derived_seed(self.seed, kind, int(number)) for number in numbers]
-        return self.views.make(kind, inputs, self.backbone.device, seeds)
+        with explained(lambda: f"inputs[i] counts among those of the numbers {list(numbers)}"):
+            return self.views.make(kind, inputs, self.backbone.device, seeds)
 
     def _ready(self, name: str, state: ExtractorState) -> Ready:
         objective, negatives = self.objectives[name], state.negatives.get(name)
         if objective.wanted_negatives and negatives is None:
             raise ValueError(
                 f"{OP}: objectives: expected negatives for {name}, got none; call "
-                "fit_negatives(dataset) or load_state_dict(state) before the first features"
+                "fit_negatives(dataset) or load_state_dict(state) before the first features, of a "
+                "FUNGIWrapper setup(dataset)"
             )
         return Ready(objective, state.heads[name], negatives)
 
@@ -379,25 +424,29 @@ class FungiExtractor:
             inputs = collate([dataset[number] for number in numbers])
             state = self._prepared(inputs).to(self.backbone.device)
             made = self._views(kind, inputs, numbers)
-            with torch.inference_mode(False), torch.no_grad():
-                if self.per_token:
-                    tokens = embed_tokens(backbone, made)
-                    found = tokens[:, self.prefix_tokens :].flatten(0, 1)
-                else:
-                    embeddings = backbone.embed(made)
-                    found = state.heads[name]["head"].like(embeddings)(embeddings)
+            if self.per_token:
+                tokens = embed_tokens(backbone, made)
+                found = patch_tokens(tokens, self.prefix_tokens).flatten(0, 1)
+            else:
+                embeddings = backbone.embed(made)
+                found = state.heads[name]["head"].like(embeddings)(embeddings)
             yield found, len(numbers)
 
-    def _fingerprint(self) -> str:
-        return fingerprint(
-            self.backbone.model,
-            self.state,
-            self.backbone[1:4],
-            self.seed,
-            self.embedding,
-            self.per_token,
-            self.prefix_tokens,
-            self.neighbors,
-            self.views,
-            self.objectives,
-        )
+    def _settings(self) -> dict[str, str]:
+        """What features depend on beside the state, as text."""
+        found: dict[str, object] = {
+            "target_layer": self.backbone.target_layer,
+            "pooling": self.backbone.pooling,
+            "views": self.views,
+            "seed": self.seed,
+            "per_token": self.per_token,
+            **self.objectives,
+        }
+        if self.per_token:
+            found |= {"prefix_tokens": self.prefix_tokens, "neighbors": self.neighbors}
+        return {name: without_addresses(value) for name, value in found.items()}
+
+    def _source(self) -> dict[str, str]:
+        """What a file of features is of, but for the inputs."""
+        with_dtype = {"dtype": str(self.backbone.dtype), "embedding": str(self.embedding)}
+        return checksums(self.backbone.model, self.state) | self._settings() | with_dtype

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmkernels import _checks
+from fmkernels._autocast import without_autocast
 
 PRESETS = ("paper", "library")
 SELF_SIMILARITY = -1e4
@@ -27,8 +28,14 @@ class Head(NamedTuple):
     bias: Tensor
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """(…, E) -> (…, L)"""
-        return F.linear(embeddings, self.weight, self.bias)
+        """(…, E) -> (…, L), in their own dtype, also under autocast."""
+        if embeddings.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"FungiExtractor: heads: expected embeddings of {self.weight.shape[1]} numbers, "
+                f"got {embeddings.shape[-1]}; load the state of an extractor of the same model"
+            )
+        with without_autocast(embeddings):
+            return F.linear(embeddings, self.weight, self.bias)
 
     @classmethod
     def draw(cls, embedding_dim: int, latent_dim: int, generator: torch.Generator) -> Head:
@@ -36,7 +43,10 @@ class Head(NamedTuple):
         bound = 1 / math.sqrt(embedding_dim)
 
         def uniform(*shape: int) -> Tensor:
-            return (2 * torch.rand(shape, generator=generator) - 1) * bound
+            drawn = torch.rand(
+                shape, generator=generator, dtype=torch.float32, device=generator.device
+            )
+            return (2 * drawn - 1) * bound
 
         return cls(uniform(latent_dim, embedding_dim), uniform(latent_dim))
 

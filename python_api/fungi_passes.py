@@ -15,6 +15,7 @@ from fmkernels import _inference
 
 from .fungi_objectives import Head, Objective
 from .fungi_pooling import Pooling, call, pooled
+from .fungi_rows import is_refusal, refusals
 from .gradient_capture import LayerRecord, capture, factor_rows
 
 OP = "FungiExtractor"
@@ -123,10 +124,12 @@ class Backbone(NamedTuple):
 
     def _pass(self, views: Any) -> tuple[Tensor, LayerRecord]:
         if self.model not in _WHOLE:
-            # what fails may have failed because tokens were not computed: the model's own errors
-            # come again
-            with contextlib.suppress(Exception):
+            before = refusals()
+            try:
                 return self._recorded(views, rows=True)
+            except Exception as error:
+                if not is_refusal(error, before):
+                    raise
         found = self._recorded(views, rows=False)
         _WHOLE.add(self.model)
         return found
@@ -140,8 +143,11 @@ class Backbone(NamedTuple):
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if floating else value
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_inference():
+        value = value.clone()  # the tape takes none of torch.inference_mode
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def widened(embeddings: Tensor) -> Tensor:

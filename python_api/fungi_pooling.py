@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fmkernels import _checks
 
+from .fungi_inputs import explained
+
 POOLINGS = ("cls", "mean", "pooler")
 Pooling: TypeAlias = str | Callable[[Any, Any], Tensor] | None
 
@@ -20,8 +22,25 @@ def check_pooling(op: str, pooling: Any) -> None:
 
 
 def call(model: Callable[..., Any], views: Any) -> Any:
-    """The model on a tensor, or on a mapping of keyword arguments."""
-    return model(**views) if isinstance(views, Mapping) else model(views)
+    """The model on a tensor, or on a mapping of keyword arguments.
+
+    What it raises comes most often of views of a size that is not the model's.
+    """
+    with explained(lambda: _called_on(views)):
+        return model(**views) if isinstance(views, Mapping) else model(views)
+
+
+def _called_on(views: Any) -> str:
+    return (
+        f"the model was called on views of {_described(views)}; what makes them can be set with "
+        "views=, such as views=ImageViews(size=32)"
+    )
+
+
+def _described(views: Any) -> str:
+    if isinstance(views, Mapping):
+        return ", ".join(f"{name}: {_described(value)}" for name, value in views.items())
+    return f"shape {tuple(views.shape)}" if isinstance(views, Tensor) else type(views).__name__
 
 
 def pooled(op: str, pooling: Pooling, output: Any, views: Any) -> Tensor:

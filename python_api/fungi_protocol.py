@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from fmkernels import _checks
 
-from .arrays import optional
+from .arrays import like, optional
 from .evaluation_inputs import finite_rows, integer_labels
 from .knn_classifier import KNNClassifier
 from .retrieval import RetrievalScore, rank_database, retrieval_map
@@ -36,7 +37,7 @@ class FeatureScores(NamedTuple):
     """Clusters of the test features, matched with the classes one to one."""
 
 
-def concatenate(*blocks: Any) -> Tensor:
+def concatenate(*blocks: Any) -> Any:
     """Normalise each block of features and put them side by side.
 
         [x_1/‖x_1‖, x_2/‖x_2‖, …]
@@ -46,7 +47,7 @@ def concatenate(*blocks: Any) -> Tensor:
             features of several extractors.
 
     Returns:
-        (N, Σ D_i). Rows of zeros stay zeros.
+        (N, Σ D_i), of the kind that the first block is. Rows of zeros stay zeros.
 
     Raises:
         TypeError: features that are not floating-point.
@@ -67,7 +68,8 @@ def concatenate(*blocks: Any) -> Tensor:
             raise ValueError(
                 f"{op}: blocks[{i}]: expected {len(rows[0])} rows, as blocks[0] has, got {len(own)}"
             )
-    return torch.cat([F.normalize(own, dim=1) for own in rows], dim=1)
+    (joined,) = like(blocks[0], torch.cat([F.normalize(own, dim=1) for own in rows], dim=1))
+    return joined
 
 
 def few_shot(labels: Any, shots: int = 5) -> Tensor:
@@ -108,7 +110,8 @@ def evaluate_features(
     |---|---|
     | ``"knn"`` | :class:`KNNClassifier` of kind ``"fungi"``, k neighbours |
     | ``"few_shot"`` | the same on the first ``shots`` of each class, k at most as many rows |
-    | ``"logistic"`` | L2-regularised, the strength chosen on a fifth of the training set |
+    | ``"logistic"`` | L2-regularised, the strength chosen on a fifth of the training set, with at
+    least one row of each class that has two |
     | ``"kmeans"`` | as many clusters of the test features as it has classes, Hungarian matching |
 
     Args:
@@ -117,7 +120,8 @@ def evaluate_features(
         test: (M, D).
         test_labels: (M,).
         tasks: which.
-        k: neighbours.
+        k: neighbours. For ``"few_shot"`` alone take no more than ``shots``: of the default 20
+            votes at most 5 shots are of the right class.
         shots: per class.
         pca_dim: dimensions after PCA (384 for ViT-S), or None; left out where the features have no
             more dimensions or rows. In ``"few_shot"`` it is that of the whole training set.
@@ -146,6 +150,9 @@ def evaluate_features(
         >>> evaluate_features(features, labels, features, labels, k=5)
         FeatureScores(knn=1.0, few_shot=1.0, logistic=1.0, kmeans=1.0)
     """
+    if isinstance(tasks, str):
+        raise TypeError(f"{OP}: tasks: expected a sequence such as ({tasks!r},), got {tasks!r}")
+    k = _checks.positive_integer(OP, "k", k)
     for i, task in enumerate(tasks):
         _checks.choice(OP, f"tasks[{i}]", task, TASKS)
     rows = finite_rows(OP, "train", train).cpu()
@@ -157,6 +164,8 @@ def evaluate_features(
         )
     labels = integer_labels(OP, "train_labels", train_labels, len(rows)).cpu()
     wanted = integer_labels(OP, "test_labels", test_labels, len(queries)).cpu()
+    if "knn" in tasks and k > len(rows):
+        raise ValueError(f"{OP}: k: expected at most the {len(rows)} rows of train, got {k}")
     rows, queries = _reduced(rows, queries, pca_dim)
     found: dict[str, float] = {}
     if "knn" in tasks:
@@ -224,9 +233,18 @@ def _logistic(rows: Tensor, labels: Tensor, queries: Tensor, wanted: Tensor, see
     selection = optional("sklearn.model_selection", f'{OP}(tasks=("logistic",))', "scikit-learn")
     x, y = _numpy(rows), labels.numpy()
     counts = np.unique(y, return_counts=True)[1]
-    fitting = selection.train_test_split(
-        x, y, test_size=0.2, random_state=seed, stratify=y if counts.min() > 1 else None
-    )
+    each = counts.min() > 1
+    number = max(math.ceil(0.2 * len(y)), len(counts) if each else 1)
+    fitting: Any = None
+    if len(y) > number:
+        fitting = selection.train_test_split(
+            x, y, test_size=number, random_state=seed, stratify=y if each else None
+        )
+    if fitting is None or len(np.unique(fitting[2])) < 2:
+        raise ValueError(
+            f'{OP}: train_labels: expected at least two classes with two rows each for "logistic", '
+            f"got rows per class {counts.tolist()}; leave it out of tasks"
+        )
     own, held, own_labels, held_labels = fitting
 
     def fitted(strength: float, features: Any, classes: Any) -> Any:

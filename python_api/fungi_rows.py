@@ -10,6 +10,7 @@ Any other function gets all tokens.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,30 @@ QUESTIONS = frozenset(("size", "dim", "numel", "is_floating_point", "is_complex"
 FIRST = range(1)
 
 
+_THREAD = threading.local()
+
+
 class NotDeferrableError(RuntimeError):
     """The model changes a tensor in place that something not yet computed depends on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        _THREAD.refusals = refusals() + 1
+
+
+def refusals() -> int:
+    """How often the error was raised in this thread; compiled code hides it behind its own."""
+    found: int = getattr(_THREAD, "refusals", 0)
+    return found
+
+
+FOREIGN = ("Deferred", "tensor subclass", "storage", "setting up backward hooks")
+"""Words of errors that PyTorch raises where it is handed what has not been computed."""
+
+
+def is_refusal(error: Exception, before: int) -> bool:
+    """Whether a pass, ``before`` which there were so many, failed for want of tokens."""
+    return refusals() > before or any(word in str(error) for word in FOREIGN)
 
 
 class Tokens:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from fmkernels import CountSketch, KhatriRao, Rademacher, _checks
+from fmkernels import CountSketch, KhatriRao, Rademacher
 from fmkernels.ops.project_gradients import Projection
 
-from .fungi_objectives import DINO, Objective
+from .fungi_objectives import DINO, KL, Objective, SimCLR
 from .fungi_passes import OP
 from .fungi_random import derived_seed
 from .fungi_tokens import KINDS
@@ -38,11 +38,17 @@ def completed_views(views: Views | None, preset: str) -> Views:
 
 
 def named_objectives(
-    objectives: Sequence[Objective], preset: str, views: Views, per_token: bool
+    objectives: Sequence[Objective] | None, preset: str, views: Views, per_token: bool
 ) -> dict[str, Objective]:
     """By name, with the preset's settings; a second one of a class gets a number."""
     found: dict[str, Objective] = {}
     kinds = KINDS if per_token else tuple(views.counts)
+    if objectives is None:
+        objectives = [own for own in (KL(), DINO(), SimCLR()) if own.view in kinds]
+    if isinstance(objectives, (Objective, str)) or not isinstance(objectives, Iterable):
+        raise TypeError(
+            f"{OP}: objectives: expected a list such as [KL(), DINO()], got {objectives!r}"
+        )
     for position, objective in enumerate(objectives):
         if not isinstance(objective, Objective):
             raise TypeError(
@@ -75,7 +81,11 @@ def _check_global_crops(position: int, objective: Objective, views: Views) -> No
 def checked_projection(projection: Any, layer: nn.Linear, dim: int | None) -> str | Projection:
     """One of the names, or a projection that fits the layer."""
     if isinstance(projection, str):
-        _checks.choice(OP, "projection", projection, tuple(PROJECTIONS))
+        if projection not in PROJECTIONS:
+            raise ValueError(
+                f"{OP}: projection: expected one of {', '.join(PROJECTIONS)}, got {projection!r}; "
+                "others are passed as objects, such as fmkernels.Kronecker(…)"
+            )
         return projection
     if not isinstance(projection, Projection):
         raise TypeError(

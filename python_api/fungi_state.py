@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import zlib
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 from fmkernels.ops.project_gradients import Projection
 
 from .arrays import checksum
+from .fungi_inputs import crc
 from .fungi_objectives import Head, Objective
 from .fungi_random import derived_seed
 
 OP = "FungiExtractor.load_state_dict"
+KEYS = {"heads", "negatives", "projection", "settings"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,52 +86,102 @@ class ExtractorState:
 
     @classmethod
     def loaded(
-        cls, state: Mapping[str, Any], objectives: Mapping[str, Objective]
+        cls, state: Mapping[str, Any], objectives: Mapping[str, Objective], per_token: bool
     ) -> ExtractorState:
-        """From a :meth:`state_dict` of an extractor with the same objectives."""
-        if not isinstance(state, Mapping) or state.keys() != {"heads", "negatives", "projection"}:
+        """From a :meth:`state_dict` of an extractor with the same objectives; a copy."""
+        if not isinstance(state, Mapping) or state.keys() != KEYS:
+            got = ", ".join(map(str, state)) if isinstance(state, Mapping) else repr(state)
             raise ValueError(
-                f"{OP}: state: expected the state_dict of an extractor, with heads, negatives and "
-                f"projection, got {sorted(state) if isinstance(state, Mapping) else type(state)}"
+                f"{OP}: state: expected the state_dict of an extractor, with "
+                f"{', '.join(sorted(KEYS))}, got {textwrap.shorten(got, 60, placeholder=' …')}"
             )
         if state["projection"] is None:
             raise ValueError(
                 f"{OP}: state: expected one that was taken after the first features or negatives, "
                 "got one without heads and projection"
             )
-        expected = {
-            name: dict.fromkeys(own.heads, own.latent_dim) for name, own in objectives.items()
+        heads, width = _checked_heads(state["heads"], objectives)
+        negatives = _copied(state["negatives"])
+        _check_negatives(negatives, objectives, width if per_token else None)
+        projection = Projection.from_state_dict(_copied(state["projection"]))
+        return cls(heads, negatives, projection)
+
+
+def _checked_heads(
+    heads: Any, objectives: Mapping[str, Objective]
+) -> tuple[dict[str, dict[str, Head]], int]:
+    """Copies of heads, as many and as large as the objectives have, and their width E."""
+    try:
+        made = {
+            name: {key: _head(value) for key, value in own.items()} for name, own in heads.items()
         }
-        found = {
-            name: {key: len(head["weight"]) for key, head in own.items()}
-            for name, own in state["heads"].items()
-        }
-        if found != expected:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{OP}: state: expected heads with weight (L, E) and bias (L,), got others; take what "
+            "state_dict() of an extractor gives"
+        ) from error
+    wanted = {name: dict.fromkeys(own.heads, own.latent_dim) for name, own in objectives.items()}
+    found = {name: {key: len(head.bias) for key, head in own.items()} for name, own in made.items()}
+    if found != wanted:
+        raise ValueError(
+            f"{OP}: state: expected heads with these outputs: {wanted}, got {found}; load it into "
+            "an extractor with the same objectives"
+        )
+    widths = {head.weight.shape[1] for own in made.values() for head in own.values()}
+    if len(widths) > 1:
+        raise ValueError(
+            f"{OP}: state: expected heads for embeddings of one width, got {sorted(widths)}; take "
+            "those of one extractor"
+        )
+    return made, max(widths, default=0)
+
+
+def _head(value: Mapping[str, Any]) -> Head:
+    head = Head(_copied(value["weight"]), _copied(value["bias"]))
+    if head.weight.ndim != 2 or head.bias.shape != head.weight.shape[:1]:
+        raise ValueError("shapes that do not fit")
+    return head
+
+
+def _check_negatives(
+    negatives: Any, objectives: Mapping[str, Objective], token_width: int | None
+) -> None:
+    """Latents (M, L) of objectives that need some, or tokens (M, E)."""
+    needed = {
+        name: own.latent_dim if token_width is None else token_width
+        for name, own in objectives.items()
+        if own.wanted_negatives
+    }
+    for name, rows in negatives.items():
+        if not isinstance(rows, Tensor) or rows.shape[1:] != (needed.get(name),):
+            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(
-                f"{OP}: state: expected heads with these outputs: {expected}, got {found}; load it "
-                "into an extractor with the same objectives"
+                f"{OP}: state: expected negatives of these widths: {needed}, got {got} for "
+                f"{name!r}; load it into an extractor with the same objectives"
             )
-        heads = {
-            name: {key: Head(head["weight"], head["bias"]) for key, head in own.items()}
-            for name, own in state["heads"].items()
-        }
-        return cls(heads, dict(state["negatives"]), Projection.from_state_dict(state["projection"]))
 
 
-def fingerprint(model: nn.Module, state: ExtractorState, *settings: object) -> str:
-    """A checksum of all that features depend on, but for the inputs.
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(own) for key, own in value.items()}
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
-    A function counts by its name, which another process gives it, too, not by its address.
-    """
-    sums = [f"{name} {checksum(tensor)}" for name, tensor in model.state_dict().items()]
-    sums += _sums("state", state.state_dict())
-    sums += [re.sub(r" at 0x[0-9a-fA-F]+", "", str(setting)) for setting in settings]
-    return f"{zlib.crc32(chr(10).join(sums).encode()):08x}"
+
+def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    """In words; empty if there are none."""
+    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    return "; ".join(f"{name}: {found.get(name)}, not {wanted.get(name)}" for name in names)
+
+
+def checksums(model: nn.Module, state: ExtractorState) -> dict[str, str]:
+    """Of all tensors that features depend on, but for the inputs."""
+    parts = {"weights of the model": model.state_dict(), **state.state_dict()}
+    return {name: crc("\n".join(_sums(name, own)).encode()) for name, own in parts.items()}
 
 
 def _sums(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return [line for key, own in value.items() for line in _sums(f"{name}.{key}", own)]
     if isinstance(value, Tensor):
-        return [f"{name} {checksum(value)}"]
+        return [f"{name} {checksum(value.reshape(-1))}"]
     return [f"{name} {value}"]

@@ -13,6 +13,10 @@ from fmkernels import _checks
 from .fungi_views import on_device
 
 OP = "TextViews"
+TOKENIZER = (
+    "with one of transformers: "
+    'TextViews(lambda texts: tokenizer(texts, padding=True, return_tensors="pt"))'
+)
 MOST_DELETED = 10
 """Words per view, as in the published augmentation."""
 
@@ -52,6 +56,11 @@ class TextViews:
     deletion: float = 0.1
 
     def __post_init__(self) -> None:
+        if not callable(self.tokenizer):
+            raise TypeError(
+                f"{OP}: tokenizer: expected a function of a list of texts, got "
+                f"{self.tokenizer!r}; {TOKENIZER}"
+            )
         _checks.positive_integer(OP, "num_views", self.num_views)
         _checks.non_negative(OP, "deletion", self.deletion)
         if self.deletion >= 1:
@@ -65,6 +74,11 @@ class TextViews:
     def make(self, kind: str, inputs: Any, device: torch.device, seeds: Sequence[int]) -> Any:
         """Tokens of B·V texts, on the device."""
         _checks.choice(OP, "kind", kind, tuple(self.counts))
+        if isinstance(inputs, (str, Mapping)):
+            raise TypeError(
+                f"{OP}: texts: expected a list of texts, got {type(inputs).__name__}; put one text "
+                "in a list, and give tokens to CustomViews()"
+            )
         texts = list(inputs)
         for position, text in enumerate(texts):
             if not isinstance(text, str):
@@ -74,7 +88,14 @@ class TextViews:
         if kind == "patches":
             pairs = zip(texts, seeds, strict=True)
             texts = [view for text, seed in pairs for view in self._deleted(text, seed)]
-        return on_device(self.tokenizer(texts), device)
+        tokens = self.tokenizer(texts)
+        values = tokens.values() if isinstance(tokens, Mapping) else [tokens]
+        if any(map(_is_table, values)):
+            raise TypeError(
+                f"{OP}: tokenizer: expected one that gives a mapping of tensors, got "
+                f"{type(tokens).__name__} of lists; {TOKENIZER}"
+            )
+        return on_device(tokens, device)
 
     def _deleted(self, text: str, seed: int) -> list[str]:
         words = text.split()
@@ -84,6 +105,12 @@ class TextViews:
         generator = torch.Generator().manual_seed(seed)
         views = []
         for _ in range(self.num_views):
-            gone = set(torch.randperm(len(words), generator=generator)[:count].tolist())
+            order = torch.randperm(len(words), generator=generator, device=generator.device)
+            gone = set(order[:count].tolist())
             views.append(" ".join(word for i, word in enumerate(words) if i not in gone))
         return views
+
+
+def _is_table(value: Any) -> bool:
+    """Lists of numbers, as tokenizers give that were not asked for tensors."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)

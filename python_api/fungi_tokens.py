@@ -33,6 +33,16 @@ def embed_tokens(backbone: Backbone, views: Any) -> Tensor:
         return widened(tokens)
 
 
+def patch_tokens(tokens: Tensor, prefix: int) -> Tensor:
+    """(B, T, E) without the first tokens, which are no patches."""
+    if prefix >= tokens.shape[1]:
+        raise ValueError(
+            f"{OP}: prefix_tokens: expected fewer than the {tokens.shape[1]} tokens of an input, "
+            f"got {prefix}"
+        )
+    return tokens[:, prefix:]
+
+
 def token_pass(
     backbone: Backbone, views: Any, objectives: Sequence[Ready], neighbors: int
 ) -> tuple[Tensor, list[Factors]]:

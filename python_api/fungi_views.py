@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fmkernels import _checks
 
-OP = "ImageViews"
+from .fungi_images import OP, image_groups
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZED = 256 / 224
@@ -45,8 +45,9 @@ class ImageViews:
     """FUNGI's views: a central crop, random resized crops, and a grid of overlapping patches.
 
     Images are a tensor (B, 3, H, W), or a list of tensors (3, H, W), NumPy arrays (H, W, 3) or PIL
-    images of any sizes. Integers count to 255, floats to 1. All resampling is antialiased and done
-    in float32 on the model's device.
+    images of any sizes. Numbers of uint8 count to 255, floats are from 0 to 1 (NaN gives features
+    of NaN), and others are refused. All resampling is antialiased and done in float32 on the
+    model's device.
 
     | kind | V | what it is |
     |---|---|---|
@@ -61,8 +62,8 @@ class ImageViews:
             transforms do), ``"square"`` (both sides, bilinear; FUNGI's library), ``"none"`` (plain
             views are the images as given), or None for the preset's: shorter in ``"paper"``, square
             in ``"library"``.
-        mean: per channel, subtracted in the end.
-        std: per channel, divided by in the end.
+        mean: per channel, or one number; subtracted in the end. Images have as many channels.
+        std: per channel, or one number; divided by in the end.
         global_crops: how many.
         local_crops: how many.
         global_scale: share of the image's area, smallest and largest.
@@ -113,6 +114,18 @@ class ImageViews:
                 raise ValueError(
                     f"{OP}: {name}: expected shares 0 < low <= high <= 1, got {(low, high)}"
                 )
+        mean, std = (self._numbers(name, torch.device("cpu")) for name in ("mean", "std"))
+        if not bool((std > 0).all()):
+            raise ValueError(f"{OP}: std: expected numbers > 0, got {self.std}")
+        if 1 not in (len(mean), len(std)) and len(mean) != len(std):
+            raise ValueError(
+                f"{OP}: std: expected one number or {len(mean)}, as mean has, got {len(std)}"
+            )
+
+    def _numbers(self, name: str, device: torch.device) -> Tensor:
+        """(C, 1, 1), of a setting for each channel."""
+        values = torch.tensor(getattr(self, name), dtype=torch.float32, device=device)
+        return values.view(-1, 1, 1)
 
     def with_resize(self, resize: str) -> ImageViews:
         """The same with another ``resize``."""
@@ -138,7 +151,9 @@ class ImageViews:
     def make(self, kind: str, inputs: Any, device: torch.device, seeds: Sequence[int]) -> Tensor:
         """Views (B·V, 3, size, size), normalised; those of one image follow each other."""
         _checks.choice(OP, "kind", kind, tuple(self.counts))
-        groups = _loaded(inputs, device)
+        shift, scale = self._numbers("mean", device), self._numbers("std", device)
+        channels = max(len(shift), len(scale))
+        groups = image_groups(inputs, device, channels if channels > 1 else None)
         if kind == "plain":
             views = _in_order(groups, self._plain)
         elif kind == "patches":
@@ -151,8 +166,6 @@ class ImageViews:
             ]
             numbered.sort(key=lambda pair: pair[0])
             views = torch.stack([self._crops(image, seeds[i]) for i, image in numbered])
-        shift = torch.tensor(self.mean, device=device).view(-1, 1, 1)
-        scale = torch.tensor(self.std, device=device).view(-1, 1, 1)
         return views.flatten(0, 1).sub_(shift).div_(scale)
 
     def _plain(self, images: Tensor) -> Tensor:
@@ -227,6 +240,12 @@ class CustomViews:
     def make(self, kind: str, inputs: Any, device: torch.device, seeds: Sequence[int]) -> Any:
         """What the function of that kind returns, on the device."""
         if kind == "plain":
+            if self.plain is None and not isinstance(inputs, (Tensor, Mapping)):
+                raise TypeError(
+                    "CustomViews: inputs: expected a tensor or a mapping of tensors, which "
+                    f"plain=None hands over, got {type(inputs).__name__}; stack them, or give a "
+                    "function plain= that does"
+                )
             return on_device(inputs if self.plain is None else self.plain(inputs), device)
         return on_device(self.kinds[kind][1](inputs, seeds), device)
 
@@ -248,7 +267,10 @@ def random_box(
     The area is a uniform share of the image's, the aspect ratio log-uniform from 3/4 to 4/3.
     """
     height, width = sides
-    shares, ratios, tops, lefts = torch.rand(4, ATTEMPTS, generator=generator).double().tolist()
+    drawn = torch.rand(
+        4, ATTEMPTS, generator=generator, dtype=torch.float32, device=generator.device
+    )
+    shares, ratios, tops, lefts = drawn.double().tolist()
     low, high = scale
     bound = math.log(4 / 3)
     for share, ratio, top, left in zip(shares, ratios, tops, lefts, strict=True):
@@ -264,58 +286,6 @@ def random_box(
 def _resized(images: Tensor, sides: tuple[int, int], mode: str) -> Tensor:
     """Antialiased; the taps of a crop do not reach beyond it."""
     return F.interpolate(images, size=sides, mode=mode, antialias=True)
-
-
-def _loaded(inputs: Any, device: torch.device) -> list[tuple[list[int], Tensor]]:
-    """Positions and images (B', 3, H, W) of each size, float32 from 0 to 1, on the device."""
-    if isinstance(inputs, Tensor) and inputs.ndim == 4:
-        return [(list(range(len(inputs))), _unit(inputs.to(device)))]
-    if isinstance(inputs, (Tensor, np.ndarray, Mapping, str)):
-        raise TypeError(
-            f"{OP}: images: expected a tensor (B, 3, H, W) or a list of images, got "
-            + (
-                f"shape {tuple(inputs.shape)}"
-                if isinstance(inputs, (Tensor, np.ndarray))
-                else type(inputs).__name__
-            )
-            + "; one image goes in a list. For other inputs take CustomViews or TextViews"
-        )
-    groups: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
-    for position, given in enumerate(inputs):
-        image = _image(position, given).to(device)
-        positions, images = groups.setdefault(tuple(image.shape), ([], []))
-        positions.append(position)
-        images.append(_unit(image))
-    return [(positions, torch.stack(images)) for positions, images in groups.values()]
-
-
-def _image(position: int, image: Any) -> Tensor:
-    """(3, H, W) of a tensor, a NumPy array (H, W, 3) or a PIL image."""
-    if not isinstance(image, Tensor):
-        if hasattr(image, "convert"):  # PIL's
-            image = image.convert("RGB")
-        array = np.array(image)
-        if array.ndim != 3 or array.dtype == object:
-            raise TypeError(
-                f"{OP}: images[{position}]: expected a tensor (3, H, W), an array (H, W, 3) or a "
-                f"PIL image, got {type(image).__name__}"
-            )
-        image = torch.from_numpy(array).permute(2, 0, 1).contiguous()
-    if image.ndim != 3:
-        raise ValueError(
-            f"{OP}: images[{position}]: expected shape (3, H, W), got {tuple(image.shape)}"
-        )
-    found: Tensor = image
-    return found
-
-
-def _unit(images: Tensor) -> Tensor:
-    """float32 from 0 to 1."""
-    if images.is_floating_point():
-        return images.float()
-    if images.dtype != torch.uint8:
-        raise TypeError(f"{OP}: images: expected uint8 or floats, got {images.dtype}")
-    return images.float().div_(255)
 
 
 def _in_order(groups: list[tuple[list[int], Tensor]], make: Callable[[Tensor], Tensor]) -> Tensor:

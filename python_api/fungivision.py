@@ -143,6 +143,12 @@ class FUNGIWrapper:
     ) -> None:
         if not extractor_configs:
             raise ValueError(f"{OP}: extractor_configs: expected at least one, got none")
+        for position, config in enumerate(extractor_configs):
+            if not isinstance(config, Config):
+                raise TypeError(
+                    f"{OP}: extractor_configs[{position}]: expected a KLConfig, DINOConfig or "
+                    f"SimCLRConfig, got {config!r}; FungiExtractor takes objectives"
+                )
         layer = linear_layer(OP, model, target_layer)
         grids = {
             (config.grid, config.stride_scale)
@@ -155,7 +161,7 @@ class FUNGIWrapper:
                 f"{len(grids)}; make a wrapper for each"
             )
         grid, stride_scale = grids.pop() if grids else (2, 6)
-        self.model = model.to(device)
+        self.model = model.to(_checks.device(OP, "device", device))
         self.target_layer = target_layer
         self.extractor = FungiExtractor(
             self.model,

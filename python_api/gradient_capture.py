@@ -8,6 +8,7 @@ the graph at that output, so that autograd's tape begins there and no parameter 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import threading
 import weakref
 from collections.abc import Iterator
@@ -19,36 +20,33 @@ from torch import Tensor, nn
 from .fungi_rows import Deferred, Tokens, deferred, taken
 
 _LOCK = threading.Lock()
-_EVALUATING: weakref.WeakKeyDictionary[nn.Module, _Mode] = weakref.WeakKeyDictionary()
-
-
-class _Mode:
-    """How many threads need a model in evaluation mode, and what it was in before the first."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.users = 0
-        self.before = [(module, module.training) for module in model.modules()]
+_EVALUATING: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
+"""How many passes need a module in evaluation mode, and whether it was in training before them."""
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while any thread is in here; afterwards as it was found."""
+    """Evaluation mode while any pass through the model, or a part of it, is in here.
+
+    Afterwards each module is as it was found before the first of them, in whatever order they end.
+    """
+    modules = list(model.modules())
     with _LOCK:
-        mode = _EVALUATING.get(model)
-        if mode is None:
-            mode = _EVALUATING[model] = _Mode(model)
-        mode.users += 1
+        for module in modules:
+            users, training = _EVALUATING.get(module, (0, module.training))
+            _EVALUATING[module] = users + 1, training
+            if module.training:
+                module.training = False
     try:
-        if any(training for _, training in mode.before):
-            model.eval()
         yield
     finally:
         with _LOCK:
-            mode.users -= 1
-            if not mode.users:
-                del _EVALUATING[model]
-                for module, training in mode.before:
-                    module.training = training
+            for module in modules:
+                users, training = _EVALUATING.pop(module)
+                if users > 1:
+                    _EVALUATING[module] = users - 1, training
+                elif training:
+                    module.training = True
 
 
 def linear_layer(op: str, model: Any, target_layer: Any) -> nn.Linear:
@@ -67,8 +65,8 @@ def linear_layer(op: str, model: Any, target_layer: Any) -> nn.Linear:
         layer = model.get_submodule(target_layer)
     except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"{op}: target_layer: expected the name of a torch.nn.Linear of the model, such as "
-            f"{names[-1] if names else None!r}, got {target_layer!r}; model.named_modules() lists "
+            f"{op}: target_layer: expected the name of a torch.nn.Linear of the model, "
+            f"{_nearest(target_layer, names)}, got {target_layer!r}; model.named_modules() lists "
             "them"
         ) from error
     if not isinstance(layer, nn.Linear):
@@ -77,6 +75,12 @@ def linear_layer(op: str, model: Any, target_layer: Any) -> nn.Linear:
             f"{target_layer!r}"
         )
     return layer
+
+
+def _nearest(wrong: Any, names: list[str]) -> str:
+    """Of the names the three that are written most alike, which the model may have them by."""
+    found = difflib.get_close_matches(str(wrong), names, cutoff=0.0)
+    return f"such as {', '.join(map(repr, found))}" if found else "which has none"
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -237,7 +241,8 @@ def capture(
     with evaluation_mode(model), torch.inference_mode(False), torch.no_grad():
         with _LOCK:  # two threads could get one number for their hooks
             before = record.layer.register_forward_pre_hook(record.before, with_kwargs=True)
-            after = record.layer.register_forward_hook(record.after, with_kwargs=True)
+            # before the user's own, which may change what the layer returned
+            after = record.layer.register_forward_hook(record.after, prepend=True, with_kwargs=True)
         try:
             yield record
         finally:

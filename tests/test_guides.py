@@ -94,10 +94,15 @@ def test_from_fungivision(tmp_path, monkeypatch):
         "dataset": dataset,
         "data_loader": [tuple(zip(*part, strict=True)) for part in (dataset[:2], dataset[2:])],
     }
-    wrapper, extractor = blocks("from_fungivision")
+    wrapper, extractor, copied = blocks("from_fungivision")
     exec(wrapper, state)
     assert state["features"].shape == (3, 3 * 24)
     exec(extractor, state)
     assert state["features"].shape == (3, 4 * 24)
     saved = torch.load("extractor.pt", weights_only=True)
     assert saved["negatives"]["SimCLR"].shape == (3 * 49, 96)
+    state["matrix"] = torch.randint(2, (10, 24 * 25)).float() * 2 - 1
+    state["images"], state["projection_head"] = [dataset[0][0]], nn.Linear(24, 768)
+    exec(copied, state)
+    head = state["fungi"].extractor.state_dict()["heads"]["KL"]["head"]
+    assert torch.equal(head["weight"], state["projection_head"].weight)

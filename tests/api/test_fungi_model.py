@@ -250,8 +250,10 @@ def test_a_layer_that_is_never_called_is_refused():
 
 
 def test_what_is_no_linear_layer_is_refused():
-    with pytest.raises(ValueError, match=r"target_layer: .* such as 'blocks.1.mlp.2', got 'last'"):
-        FungiExtractor(small_vit(), "last", [KL()])
+    with pytest.raises(ValueError, match=r"such as 'blocks.1.attn.proj', .* got 'blocks.1.proj'"):
+        FungiExtractor(small_vit(), "blocks.1.proj", [KL()])
+    with pytest.raises(ValueError, match="of the model, which has none, got 'last'"):
+        FungiExtractor(nn.Sequential(), "last", [KL()])
     with pytest.raises(TypeError, match=r"target_layer: expected a torch.nn.Linear, got LayerNorm"):
         FungiExtractor(small_vit(), "norm", [KL()])
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):

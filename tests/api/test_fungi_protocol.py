@@ -76,6 +76,32 @@ def test_concatenation_normalises_each_block():
         torch.testing.assert_close(own, torch.nn.functional.normalize(block, dim=1))
 
 
+def test_concatenation_gives_the_kind_it_is_given():
+    found = concatenate(np.array([[3.0, 4.0]]), torch.tensor([[2.0]]).double())
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_allclose(found, [[0.6, 0.8, 1.0]])
+
+
+@pytest.mark.parametrize("each", [2, 3, 4])
+def test_logistic_regression_on_a_few_rows_of_a_class(each, digits):
+    """A fifth of the rows is then less than one of each class."""
+    train, labels, test, wanted = digits
+    chosen = few_shot(labels, each)
+    found = evaluate_features(
+        train[chosen], labels[chosen], test, wanted, tasks=["logistic"], pca_dim=None
+    )
+    x, y = train[chosen].numpy(), labels[chosen].numpy()
+    split = train_test_split(x, y, test_size=10, random_state=42, stratify=y)
+    scores = [
+        LogisticRegression(C=C, max_iter=2000).fit(split[0], split[2]).score(split[1], split[3])
+        for C in (0.01, 0.1, 1.0, 10.0, 100.0)
+    ]
+    best = LogisticRegression(
+        C=(0.01, 0.1, 1.0, 10.0, 100.0)[int(np.argmax(scores))], max_iter=2000
+    )
+    assert found.logistic == pytest.approx(best.fit(x, y).score(test.numpy(), wanted.numpy()))
+
+
 def test_few_shot_takes_the_first_of_each_class():
     labels = torch.randint(4, (50,))
     chosen = few_shot(labels, 3)
@@ -104,6 +130,31 @@ def test_retrieval_is_that_of_the_reduced_features():
             lambda x, y: evaluate_features(x, y, x, y, tasks=["svm"]),
             ValueError,
             r"tasks\[0\]: expected one of knn, few_shot, logistic, kmeans, got 'svm'",
+        ),
+        (
+            lambda x, y: evaluate_features(x, y, x, y, tasks="knn"),
+            TypeError,
+            r"tasks: expected a sequence such as \('knn',\), got 'knn'",
+        ),
+        (
+            lambda x, y: evaluate_features(x, y, x, y, k=7),
+            ValueError,
+            "k: expected at most the 6 rows of train, got 7",
+        ),
+        (
+            lambda x, y: evaluate_features(x, y, x, y, k=(1, 2)),
+            ValueError,
+            r"evaluate_features: k: expected an integer >= 1, got \(1, 2\)",
+        ),
+        (
+            lambda x, y: evaluate_features(x, 0 * y, x, y, k=1, tasks=["logistic"]),
+            ValueError,
+            r"train_labels: expected at least two classes .* got rows per class \[6\]",
+        ),
+        (
+            lambda x, y: evaluate_features(x[:2], y[:2], x, y, k=1, tasks=["logistic"]),
+            ValueError,
+            r"train_labels: expected at least two classes .* got rows per class \[1, 1\]",
         ),
         (lambda x, y: concatenate(), ValueError, "blocks: expected at least one"),
         (lambda x, y: concatenate(x, x[:2]), ValueError, r"blocks\[1\]: expected 6 rows"),

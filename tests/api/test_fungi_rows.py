@@ -238,12 +238,45 @@ def test_dropout_that_is_on_is_drawn_once():
 
 
 def test_a_model_s_own_error_is_what_is_raised():
+    calls = []
+
     class Fails(Block):
         def forward(self, x):
+            calls.append(x)
             super().forward(x)
             raise KeyError("of the model")
 
     model = model_of(Fails, "cls")
-    with pytest.raises(KeyError, match="of the model"):
+    with pytest.raises(KeyError, match="of the model") as caught:
         extractor_of(model)(torch.rand(1, 3, 16, 16))
+    assert len(calls) == 1
     assert model not in _WHOLE
+    if hasattr(caught.value, "__notes__"):  # from Python 3.11 on
+        assert "views of shape (1, 3, 16, 16)" in caught.value.__notes__[0]
+
+
+def test_an_error_that_does_not_come_again_is_not_swallowed():
+    class Once(Block):
+        failed = False
+
+        def forward(self, x):
+            found = super().forward(x)
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("out of memory")
+            return found
+
+    model = model_of(Once, "cls")
+    extractor = extractor_of(model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        extractor(torch.rand(1, 3, 16, 16))
+    assert extractor(torch.rand(1, 3, 16, 16)).shape == (1, 72)
+    assert model not in _WHOLE
+
+
+def test_hooks_that_pytorch_cannot_set_on_what_is_not_computed():
+    model, batch = model_of(Block, "cls"), torch.rand(2, 3, 16, 16)
+    expected = extractor_of(model)(batch)
+    model.blocks[1].mlp[0].register_full_backward_hook(lambda *_: None)
+    torch.testing.assert_close(extractor_of(model)(batch), expected)
+    assert model in _WHOLE

@@ -1,13 +1,11 @@
-"""State, negatives, files that go on, and refusals of the extractor."""
+"""State, negatives, and refusals of the extractor."""
 
+import copy
 import io
-import json
 
-import numpy as np
 import pytest
 import torch
 from fungi_models import LAST, small_vit
-from PIL import Image
 
 import fmkernels
 from fmkernels.api import DINO, KL, CustomViews, FungiExtractor, ImageViews, Objective, SimCLR
@@ -23,8 +21,8 @@ def extractor_of(*objectives, model=None, **settings):
 class Pictures:
     """A dataset of (image, label), which counts what is asked for."""
 
-    def __init__(self, number, stop_at=None):
-        self.number, self.stop_at, self.asked = number, stop_at, []
+    def __init__(self, number):
+        self.number, self.asked = number, []
 
     def __len__(self):
         return self.number
@@ -32,8 +30,6 @@ class Pictures:
     def __getitem__(self, index):
         if index >= self.number:
             raise IndexError(index)
-        if index == self.stop_at:
-            raise KeyboardInterrupt
         self.asked.append(index)
         draw = torch.Generator().manual_seed(index)
         return torch.rand(3, 18 + index % 3, 20, generator=draw), index
@@ -76,9 +72,86 @@ def test_the_state_of_another_extractor_is_refused():
         extractor_of().load_state_dict({"heads": {}})
     with pytest.raises(ValueError, match="taken after the first features or negatives"):
         extractor_of().load_state_dict(extractor_of().state_dict())
+    with pytest.raises(ValueError, match=r"with heads, .*, got cls, position, .* …$"):
+        extractor_of().load_state_dict({**small_vit().state_dict()})
     wide = small_vit(dim=32)
     with pytest.raises(ValueError, match="projection: expected one for gradients of 32 x 33"):
         extractor_of(model=wide).load_state_dict(state)
+
+
+def test_a_state_is_copied():
+    batch, made = torch.rand(2, 3, 16, 16), extractor_of().fit_negatives(Pictures(9))
+    expected, state = made(batch), copy.deepcopy(made.state_dict())
+    extractor = extractor_of()
+    extractor.load_state_dict(state)
+    state["heads"]["KL"]["head"]["weight"].zero_()
+    state["negatives"]["SimCLR"].zero_()
+    assert torch.equal(extractor(batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 43}, "seed: 42, not 43"),
+        ({"views": ImageViews(size=16, local_crops=2, stride_scale=1, std=1)}, "views: ImageViews"),
+        ({"pooling": "cls"}, "pooling: None, not cls"),
+        ({"target_layer": "blocks.0.attn.proj"}, "target_layer: .*, not blocks.0.attn.proj"),
+        ({"objectives": [KL(32, temperature=3.0), DINO(16), SimCLR(20)]}, "KL: .* not .*=3.0"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(settings, message):
+    state = extractor_of().fit_negatives(Pictures(9)).state_dict()
+    settings = {"target_layer": LAST, "views": VIEWS, **settings}
+    settings.setdefault("objectives", [KL(32), DINO(16), SimCLR(20, negatives=3)])
+    other = FungiExtractor(small_vit(), **settings)
+    with pytest.raises(ValueError, match=f"state: expected one of an extractor .* with {message}"):
+        other.load_state_dict(state)
+
+
+def test_what_a_state_may_be_loaded_into():
+    """What does not make features incompatible, and functions of the same name."""
+    state = extractor_of(pooling=lambda output, views: output).fit_negatives(Pictures(9))
+    state = state.state_dict()
+    other = extractor_of(
+        pooling=lambda output, views: output,
+        dtype=torch.bfloat16,
+        embedding=False,
+        batch_size=3,
+        projection="rademacher",
+    )
+    other.load_state_dict(state)
+    assert isinstance(other.state.projection, fmkernels.CountSketch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"negatives": {"SimCLR": torch.rand(5, 19)}}, r"negatives of these widths: .*\(5, 19\)"),
+        ({"negatives": {"KL": torch.rand(5, 32)}}, r"widths: \{'SimCLR': 20\}, got .* for 'KL'"),
+        ({"negatives": {"foo": 3}}, "got int for 'foo'"),
+        ({"heads": {"KL": {"head": {"weight": 3}}}}, r"heads with weight \(L, E\) and bias"),
+        ({"heads": 3}, r"heads with weight \(L, E\) and bias \(L,\), got others"),
+    ],
+)
+def test_a_state_that_is_broken_is_refused(change, message):
+    state = extractor_of().fit_negatives(Pictures(9)).state_dict()
+    with pytest.raises(ValueError, match=f"load_state_dict: state: expected .*{message}"):
+        extractor_of().load_state_dict({**state, **change})
+
+
+def test_heads_of_another_width_are_refused():
+    state = extractor_of(KL(32), DINO(16))
+    state(torch.rand(1, 3, 16, 16))
+    state = copy.deepcopy(state.state_dict())
+    state["heads"]["KL"]["head"]["weight"] = torch.rand(32, 23)
+    with pytest.raises(ValueError, match=r"embeddings of one width, got \[23, 24\]"):
+        extractor_of(KL(32), DINO(16)).load_state_dict(state)
+    for head in state["heads"]["DINO"].values():
+        head["weight"] = torch.rand(16, 23)
+    extractor = extractor_of(KL(32), DINO(16))
+    extractor.load_state_dict(state)
+    with pytest.raises(ValueError, match="heads: expected embeddings of 23 numbers, got 24; load"):
+        extractor(torch.rand(1, 3, 16, 16))
 
 
 def test_negatives_are_latents_of_drawn_images():
@@ -147,82 +220,6 @@ def test_an_objective_of_ones_own():
 
     with pytest.raises(ValueError, match=r"Wrong.loss to return one loss per image, \(2,\)"):
         extractor_of(Wrong(8))(batch)
-
-
-def test_extract_goes_on_where_it_stopped(tmp_path):
-    path = tmp_path / "features.npy"
-    extractor = extractor_of(KL(32), DINO(16))
-    expected = extractor.extract(Pictures(7), batch_size=2)
-    assert expected.shape == (7, 72)
-    with pytest.raises(KeyboardInterrupt):
-        extractor.extract(Pictures(7, stop_at=5), path, batch_size=2)
-    assert json.loads((tmp_path / "features.npy.json").read_text())["rows"] == 4
-    again = Pictures(7)
-    other = extractor_of(KL(32), DINO(16))
-    other.load_state_dict(extractor.state_dict())
-    found = other.extract(again, path, batch_size=3)
-    assert again.asked == [4, 5, 6]
-    assert isinstance(found, np.ndarray)
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
-    done = Pictures(7)
-    extractor.extract(done, path)
-    assert done.asked == []
-
-
-def test_features_of_another_run_are_not_mixed_in(tmp_path):
-    path = tmp_path / "features.npy"
-    extractor_of(KL(32)).extract(Pictures(3), path)
-    model = small_vit()
-    with torch.no_grad():
-        model.norm.weight[0] += 1
-    for other, dataset in (
-        (extractor_of(KL(32), model=model), Pictures(3)),
-        (extractor_of(KL(32), seed=1), Pictures(3)),
-        (extractor_of(KL(32, temperature=2.0)), Pictures(3)),
-        (extractor_of(KL(32)), Pictures(4)),
-    ):
-        with pytest.raises(ValueError, match="path: expected features of the same extractor"):
-            other.extract(dataset, path)
-    np.save(tmp_path / "foreign.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"which has no foreign.npy.json beside it"):
-        extractor_of(KL(32)).extract(Pictures(3), tmp_path / "foreign.npy")
-
-
-def test_functions_of_another_process_count_as_the_same(tmp_path):
-    """They lie at another address there."""
-    path = tmp_path / "features.npy"
-    for stop_at in (1, None):
-
-        def halved(images, seeds):
-            return images[:, None].expand(-1, 2, -1, -1, -1).flatten(0, 1)[..., :16, :16]
-
-        def given(images):
-            return torch.stack([image[:, :16, :16] for image in images])
-
-        views = CustomViews(given, {"crops": (2, lambda images, seeds: halved(given(images), []))})
-        extractor = extractor_of(KL(32), DINO(16), views=views)
-        if stop_at is None:
-            assert extractor.extract(Pictures(2), path, batch_size=1).shape == (
-                2,
-                72,
-            )
-            continue
-        with pytest.raises(KeyboardInterrupt):
-            extractor.extract(Pictures(2, stop_at=1), path, batch_size=1)
-
-
-def test_a_folder_of_images(tmp_path):
-    (tmp_path / "b").mkdir()
-    pictures = np.random.default_rng(0).integers(256, size=(3, 20, 24, 3), dtype=np.uint8)
-    names = ("b/x.png", "a.png", "c.bmp")
-    for name, picture in zip(names, pictures, strict=True):
-        Image.fromarray(picture).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    extractor = extractor_of(KL(32), SimCLR(20, negatives=2)).fit_negatives(tmp_path)
-    found = extractor.extract(tmp_path)
-    torch.testing.assert_close(found, extractor(list(pictures[[1, 0, 2]])), rtol=0, atol=1e-5)
-    workers = extractor.extract(str(tmp_path), num_workers=1, batch_size=2)
-    torch.testing.assert_close(workers, found, rtol=0, atol=1e-5)
 
 
 def test_a_bar_counts(capfd):

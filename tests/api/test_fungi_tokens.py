@@ -130,3 +130,27 @@ def test_refusals():
     pooled = FungiExtractor(small_vit(), LAST, [KL(16)], per_token=True, views=CustomViews())
     with pytest.raises(ValueError, match=r"pooling: expected tokens \(N, T, E\)"):
         pooled(torch.rand(1, 3, 16, 16))
+    for pooling in ("cls", "mean", "pooler"):
+        with pytest.raises(ValueError, match=r"pooling: expected None or a function .* got"):
+            extractor_of(KL(16), pooling=pooling)
+    with pytest.raises(ValueError, match=r"prefix_tokens: expected an integer from 0 .* got -1"):
+        extractor_of(KL(16), prefix_tokens=-1)
+    images = torch.rand(2, 3, 16, 16)
+    many = extractor_of(KL(16), SimCLR(16, negatives=2), prefix_tokens=TOKENS)
+    for work in (many.fit_negatives, extractor_of(KL(16), prefix_tokens=TOKENS)):
+        with pytest.raises(ValueError, match="prefix_tokens: expected fewer than the 17 tokens"):
+            work(images)
+
+
+def test_the_objectives_that_there_are_by_default():
+    """DINO's crops have no tokens."""
+    whole = FungiExtractor(small_vit(pool=None), LAST, per_token=True, views=CustomViews())
+    assert list(whole.objectives) == ["KL", "SimCLR"]
+    assert list(FungiExtractor(small_vit(), LAST, views=CustomViews()).objectives) == ["KL"]
+    assert list(FungiExtractor(small_vit(), LAST).objectives) == ["KL", "DINO", "SimCLR"]
+
+
+def test_a_pooling_function_finds_the_tokens():
+    images = torch.rand(2, 3, 16, 16)
+    twice = extractor_of(KL(16), pooling=lambda output, views: 2 * output)
+    assert twice(images).shape == (2, TOKENS - 1, 48)

@@ -109,6 +109,15 @@ def test_normalisation_is_imagenet_s():
     torch.testing.assert_close(views[0, :, 4, 4], expected)
 
 
+def test_images_of_other_channels():
+    """Where mean says so, or says nothing."""
+    grey = torch.rand(2, 1, 9, 9)
+    for settings in ({"mean": 0.5, "std": 0.5}, {"mean": (0.5,), "std": (0.5,)}):
+        assert ImageViews(size=8, **settings).make("crops", grey, CPU, [0, 1]).shape[1] == 1
+    two = ImageViews(size=8, mean=(0.5, 0.5), std=1)
+    assert two.make("plain", torch.rand(1, 2, 9, 9), CPU, [0]).shape[1] == 2
+
+
 def test_images_as_given():
     images = torch.rand(2, 3, 10, 14)
     views = ImageViews(size=8, resize="none", **PLAIN)
@@ -168,11 +177,31 @@ def test_texts_lose_words():
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (torch.rand(3, 8, 8), TypeError, r"images: .* got shape \(3, 8, 8\); one image goes in"),
+        (torch.rand(3, 8, 8), TypeError, "images: .* got 3 dimensions; one image goes in"),
         ("folder", TypeError, "images: .* got str"),
         ([torch.rand(8, 8)], ValueError, r"images\[0\]: expected shape \(3, H, W\), got \(8, 8\)"),
         ([object()], TypeError, r"images\[0\]: expected a tensor .* got object"),
-        ([torch.ones(3, 8, 8, dtype=torch.int64)], TypeError, "images: expected uint8 or floats"),
+        ([torch.ones(3, 8, 8, dtype=torch.int64)], TypeError, r"images\[0\]: expected uint8"),
+        (
+            torch.full((1, 3, 8, 8), 2.0),
+            ValueError,
+            "images: expected floats from 0 to 1, got 2; di",
+        ),
+        ([-torch.ones(3, 8, 8)], ValueError, r"images\[0\]: expected floats from 0 to 1, got -1"),
+        (torch.rand(2, 1, 8, 8), ValueError, "images: expected 3 channels, .* got 1 .*; repeat a"),
+        (torch.rand(2, 4, 8, 8), ValueError, "images: expected 3 channels, .* got 4 .*; leave out"),
+        ([np.ones((8, 8, 4), np.uint8)], ValueError, r"images\[0\]: .* got 4 in shape \(8, 8, 4\)"),
+        (
+            [np.ones((3, 8, 9))],
+            ValueError,
+            r"images\[0\]: .* got 9 .* in a tensor and last in an a",
+        ),
+        ([np.ones((8, 9))], ValueError, r"images\[0\]: expected an array .* got \(8, 9\); of a gr"),
+        (np.ones((2, 8, 8, 3)), TypeError, "images: .* got ndarray; .* pass list"),
+        (["a cat"], TypeError, r"images\[0\]: .* got str; for texts take views=TextViews"),
+        ([(torch.rand(3, 8, 8), 1)], TypeError, r"images\[0\]: .* got tuple; of pairs pass the im"),
+        ([Image.new("I;16", (8, 8))], ValueError, r"images\[0\]: expected a picture with 8 bits"),
+        ([Image.new("F", (8, 8))], ValueError, ".* got mode 'F'; make a tensor of it"),
     ],
 )
 def test_what_is_no_image_is_refused(images, error, message):
@@ -187,6 +216,9 @@ def test_what_is_no_image_is_refused(images, error, message):
         ({"size": 9}, "grid: expected a divisor of size, 9, got 2"),
         ({"resize": "long"}, "resize: expected one of shorter, square, none"),
         ({"local_scale": (0.5, 0.1)}, "local_scale: expected shares 0 < low <= high <= 1"),
+        ({"std": (0.2, 0.0, 0.2)}, "std: expected numbers > 0"),
+        ({"std": 0}, "std: expected numbers > 0"),
+        ({"mean": (0.5, 0.5)}, "std: expected one number or 2, as mean has, got 3"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):
@@ -201,4 +233,15 @@ def test_kinds_and_texts_are_checked():
         TextViews(list).make("plain", ["a", 3], CPU, [0, 1])
     with pytest.raises(ValueError, match="deletion: expected a share below 1"):
         TextViews(list, deletion=1.0)
+    for wrong in ("a cat", {"input_ids": torch.ones(1, 3)}):
+        with pytest.raises(TypeError, match="TextViews: texts: expected a list of texts, got"):
+            TextViews(list).make("plain", wrong, CPU, [0])
+    for wrong in (None, "bert-base"):
+        with pytest.raises(TypeError, match=r"tokenizer: expected a function .* padding=True"):
+            TextViews(wrong)
+    for lists in (lambda texts: {"input_ids": [[1, 2]]}, lambda texts: [[1, 2]]):
+        with pytest.raises(TypeError, match=r"that gives a mapping of tensors, .* padding=True"):
+            TextViews(lists).make("plain", ["a"], CPU, [0])
+    with pytest.raises(TypeError, match=r"CustomViews: inputs: .* got list; stack them, or give"):
+        CustomViews().make("plain", [np.ones(3)], CPU, [0])
     assert CustomViews().counts == {"plain": 1}

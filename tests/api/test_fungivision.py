@@ -75,6 +75,32 @@ def test_half_precision():
     assert ((half * exact).sum(dim=1) > 0.999).all()
 
 
+def test_what_is_refused_in_its_own_words():
+    layer, config = (small_vit(), LAST), SimCLRConfig(comparison_batch_size=2)
+    with pytest.raises(
+        TypeError, match=r"extractor_configs\[1\]: expected a KLConfig, .* got KL\("
+    ):
+        FUNGIWrapper(*layer, "cpu", input_dim=16, extractor_configs=[config, KL()])
+    with pytest.raises(ValueError, match="FUNGIWrapper: device: expected a device that PyTorch"):
+        FUNGIWrapper(*layer, "gpu", input_dim=16, extractor_configs=[config])
+    fungi = FUNGIWrapper(*layer, "cpu", input_dim=16, extractor_configs=[config])
+    with pytest.raises(ValueError, match=r"got none; .* of a FUNGIWrapper setup\(dataset\)"):
+        fungi([image for image, _ in pictures(1)])
+
+
+def test_heads_of_fungivision_s_are_copied_as_the_guide_says():
+    settings = {"input_dim": 16, "extractor_configs": [KLConfig(latent_dim=32)]}
+    images = [image for image, _ in pictures(2)]
+    theirs = torch.nn.Linear(24, 32)
+    fungi = FUNGIWrapper(small_vit(), LAST, "cpu", **settings)
+    before = fungi(images)
+    state = fungi.extractor.state_dict()
+    state["heads"]["KL"]["head"] = theirs.state_dict()
+    fungi.extractor.load_state_dict(state)
+    assert torch.equal(fungi.extractor.state.heads["KL"]["head"].weight, theirs.weight)
+    assert not torch.equal(fungi(images), before)
+
+
 @pytest.mark.parametrize(
     ("configs", "message"),
     [

@@ -66,6 +66,33 @@ def test_gradients_of_1e_8_lose_nothing(dtype):
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-18)
 
 
+@pytest.mark.parametrize("size", [3e38, 1.8e38, 1e-42])
+def test_numbers_at_the_ends_of_float32(size):
+    """No product of sizes is made that the result does not have."""
+    delta, other = torch.full((1, 6), size), torch.full((1, 6), 1 / size if size > 1 else 1.0)
+    a, other_a = torch.full((1, 5), 1e-38), torch.ones(1, 5)
+    for first, second in (((delta, a), (other, other_a)), ((other, other_a), (delta, a))):
+        found = fmkernels.gradient_similarity(*first, *second)
+        exact = fmkernels.gradient_similarity(*(x.double() for x in (*first, *second)))
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-45)
+
+
+def test_sizes_that_only_cancel_together():
+    tensors = [torch.full((1, n), 10.0**x) for n, x in ((6, -30), (5, -20), (6, 30), (5, 20))]
+    found = fmkernels.gradient_similarity(*tensors, bias=False)
+    torch.testing.assert_close(found, torch.tensor([[30.0]]))
+    wide = [torch.full((1, n), 10.0**x).double() for n, x in ((6, -30), (5, -20), (6, 30), (5, 20))]
+    wide = [x**8 for x in wide]
+    found = fmkernels.gradient_similarity(*wide, bias=False)
+    torch.testing.assert_close(found, torch.tensor([[30.0]]).double())
+    assert torch.equal(
+        fmkernels.gradient_similarity(0 * wide[2], *wide[1:], bias=False),
+        torch.zeros(1, 1).double(),
+    )
+    huge = fmkernels.gradient_similarity(wide[2], wide[3], wide[2], wide[3])
+    assert torch.equal(huge, torch.tensor([[torch.inf]]).double())
+
+
 def test_symmetric_and_positive():
     first = pair(6, 3, 24, 33)
     found = fmkernels.gradient_similarity(*first, *first)
@@ -124,6 +151,7 @@ def test_autocast_matmul_precision_and_compile():
         ({"other_activation": torch.zeros(2, 4)}, ValueError, r"other_activation: expected rows of 5 numbers, as activation has, got shape \(2, 4\)"),
         ({"other_grad_output": torch.zeros(2, 7)}, ValueError, r"other_grad_output: expected rows of 6 numbers"),
         ({"other_grad_output": torch.zeros(3, 6)}, ValueError, r"other_activation: expected shape \(3, features\)"),
+        ({"bias": 2}, TypeError, r"gradient_similarity: bias: expected True or False, got 2"),
         ({"grad_output": torch.zeros(4, 3, 6).long()}, TypeError, r"gradient_similarity: grad_output: expected a floating-point dtype"),
         ({"other_grad_output": torch.zeros(2, 6, device="meta"), "other_activation": torch.zeros(2, 5, device="meta")}, ValueError, r"other_grad_output: expected the device of grad_output"),
     ],

@@ -11,6 +11,8 @@ from fmkernels import _checks
 from fmkernels._autocast import product_dtype, without_autocast
 from fmkernels.ops.project_gradients import check_shapes
 
+LARGEST = 2040
+"""Exponent of a result above which it is infinite in float64, whose range has half of it."""
 TILE = 2**22
 """Products of rows that are in memory at a time."""
 
@@ -38,19 +40,19 @@ def gradient_similarity(
         activation: a, the layer's input: (B, S, in) or (B, in).
         other_grad_output: δ', (C, T, out) or (C, out); T may differ from S.
         other_activation: a', (C, T, in) or (C, in).
-        bias: whether the gradient of the bias counts: without it there is no + 1.
+        bias: whether the gradient of the bias counts: with ``bias=False`` there is no + 1.
 
     Returns:
         (B, C), float32, or float64 if any input is; differentiable.
 
     Raises:
-        TypeError: a tensor is not floating-point.
+        TypeError: a tensor is not floating-point, or ``bias`` no truth value.
         ValueError: an argument does not fit; the message names it.
 
     Numerics:
         Inputs of less than float32 are computed in float32, without TF32 and untouched by
-        autocast. Each sample is first divided by its largest entries, so that gradients of 1e-8 and
-        less lose nothing.
+        autocast. Each sample's δ and a are first brought near 1 by powers of two, which are undone
+        at the end and all at once, so that gradients of 1e-8 and less lose nothing.
 
     Source:
         Simoncini et al., *No Train, all Gain*, NeurIPS 2024, whose features approximate it.
@@ -73,46 +75,57 @@ def gradient_similarity(
                 f"{op}: {name}: expected rows of {mine.shape[-1]} numbers, as "
                 f"{name.removeprefix('other_')} has, got shape {_checks.shape(theirs)}"
             )
+    if not isinstance(bias, bool):
+        raise TypeError(f"{op}: bias: expected True or False, got {bias!r}")
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in first + other) else torch.float32
     with without_autocast(grad_output):
         return _similarity(_Rows(*first, bias, dtype), _Rows(*other, bias, dtype))
 
 
 class _Rows:
-    """The rows of a batch, each sample near 1, and what it was divided by."""
+    """The rows of a batch, each sample near 1, and the power of two that it was divided by."""
 
     def __init__(self, grad_output: Tensor, activation: Tensor, bias: bool, dtype: Any) -> None:
         delta, a = (
             x.to(dtype) if x.ndim == 3 else x.to(dtype).unsqueeze(1)
             for x in (grad_output, activation)
         )
-        delta_size, a_size = _size(delta, 0.0), _size(a, float(bias))
-        self.delta, self.a = delta / delta_size, a / a_size  # (B, S, out), (B, S, in)
-        self.one = bias / a_size.flatten()  # (B)
-        self.size = delta_size.flatten() * a_size.flatten()
+        of_delta, of_a = _exponent(delta, 0.0), _exponent(a, float(bias))
+        self.delta = _times_power(delta, -of_delta)  # (B, S, out)
+        self.a = _times_power(a, -of_a)  # (B, S, in)
+        self.one = _times_power(a.new_full(of_a.shape, bias), -of_a).flatten()  # (B)
+        self.exponent = (of_delta + of_a).flatten()  # (B)
 
 
-def _size(values: Tensor, at_least: float) -> Tensor:
-    """(B, 1, 1): a power of two near the largest entry of a sample, 1 where there is none."""
+def _exponent(values: Tensor, at_least: float) -> Tensor:
+    """(B, 1, 1): that of the power of two just above a sample's largest entry, 0 without one."""
     values = values.detach()
     if not values.numel():
-        return values.new_ones(values.shape[0], 1, 1)
+        return values.new_zeros(values.shape[0], 1, 1, dtype=torch.int32)
     largest = values.abs().amax(dim=(1, 2), keepdim=True).clamp(min=at_least)
-    exponent = torch.frexp(largest).exponent.to(values.dtype)
-    return torch.where(largest.isfinite() & (largest > 0), exponent.exp2(), 1)
+    return torch.where(largest.isfinite(), torch.frexp(largest).exponent, 0)
+
+
+def _times_power(values: Tensor, exponents: Tensor) -> Tensor:
+    """Times 2 to these integers, in two steps, because one power may leave the range."""
+    half = exponents // 2
+    for part in (half, exponents - half):
+        values = values * part.to(values.dtype).exp2()
+    return values
 
 
 def _similarity(first: _Rows, other: _Rows) -> Tensor:
     (count, rows), (others, other_rows) = first.delta.shape[:2], other.delta.shape[:2]
     step = max(1, TILE // max(1, rows * others * other_rows))
-    parts = [first.size.new_zeros(0, others)]
+    parts = [first.delta.new_zeros(0, others)]
     for start in range(0, count, step):
         part = slice(start, start + step)
         products = _products(first.delta[part], other.delta)
         inputs = _products(first.a[part], other.a)
         inputs = inputs + (first.one[part, None] * other.one)[:, None, :, None]
         sums = (products * inputs).sum(dim=(1, 3))  # (b, C)
-        parts.append(sums * first.size[part, None] * other.size)
+        exponents = (first.exponent[part, None] + other.exponent).clamp(-LARGEST, LARGEST)
+        parts.append(_times_power(sums.double(), exponents).to(sums.dtype))
     return torch.cat(parts)
 
 
