@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fmkernels import _checks
-from fmkernels._library import Op
+from fmkernels._library import GpuKernel, Op
 from fmkernels.ops.project_gradients import reference
 from fmkernels.ops.project_gradients.count_sketch import CountSketch
+from fmkernels.ops.project_gradients.gpu_config import limits
 from fmkernels.ops.project_gradients.khatri_rao import KhatriRao
 from fmkernels.ops.project_gradients.kronecker import Kronecker
 from fmkernels.ops.project_gradients.projection import Projection
@@ -71,10 +72,12 @@ def project_gradients(
         ValueError: an argument does not fit; the message names it.
 
     Numerics:
-        Computed in float32. Each sample's δ and a are first brought near 1 by powers of two, which
-        are undone at the end, so that gradients of 1e-8 in float16 lose nothing and those of
-        float64 may be of any size. A sample with a number that is not finite gives NaN, the others
-        are not touched. Bitwise the same for any number of threads and any split of the batch.
+        Computed in float32; on a GPU products with signs take each entry as two numbers of
+        float16, about one more rounding. Each sample's δ and a are first brought near 1 by powers
+        of two, which are undone at the end, so that gradients of 1e-8 in float16 lose nothing and
+        those of float64 may be of any size. A sample with a number that is not finite gives NaN,
+        the others are not touched. Bitwise the same for any number of threads and any split of the
+        batch.
 
     Source:
         Simoncini, Gidaris, Bursuc, Asano, *No Train, all Gain: Self-Supervised Gradients Improve
@@ -92,14 +95,16 @@ def project_gradients(
         True
     """
     if not isinstance(projection, Projection):
+        hint = "; of a matrix of ±1 make one with Rademacher.from_matrix"
         raise TypeError(
             f"{OP}: projection: expected a CountSketch, Rademacher, KhatriRao or Kronecker, "
-            f"got {type(projection).__name__}"
+            f"got {type(projection).__name__}{hint if isinstance(projection, Tensor) else ''}"
         )
     if isinstance(grad_output, Tensor) and isinstance(activation, Tensor):
         samples, rows = check_pair(OP, grad_output, activation, projection)
         if not rows:
-            return torch.zeros(samples, projection.settings().dim, device=grad_output.device)
+            shape = (samples, projection.settings().dim)
+            return grad_output.new_zeros(shape, dtype=torch.float32)
         projected: Tensor = project(
             grad_output.detach().reshape(-1, projection.out_features),
             activation.detach().reshape(-1, projection.in_features),
@@ -113,12 +118,18 @@ def project_gradients(
 
 def _project_lists(grad_outputs: Any, activations: Any, projection: Projection) -> list[Tensor]:
     """Several pairs as one: their rows behind one another, and where each sample's begin."""
-    for name, value in (("grad_output", grad_outputs), ("activation", activations)):
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(
-                f"{OP}: {name}: expected a torch.Tensor, or a list of them for both arguments, "
-                f"got {type(value).__name__}"
-            )
+    named = {"grad_output": grad_outputs, "activation": activations}
+    for name, value in named.items():
+        if isinstance(value, (list, tuple)):
+            continue
+        if not any(isinstance(other, (list, tuple)) for other in named.values()):
+            _checks.floating_tensor(OP, name, value)  # which says how an array becomes one
+            continue
+        (other,) = named.keys() - {name}
+        raise TypeError(
+            f"{OP}: {name}: expected a list of tensors, as {other} is, got "
+            f"{type(value).__name__}; for one pair pass two tensors"
+        )
     if len(grad_outputs) != len(activations):
         raise ValueError(
             f"{OP}: activation: expected as many tensors as grad_output has, {len(grad_outputs)}, "
@@ -215,6 +226,7 @@ project = Op(
     " int left=0) -> Tensor",
     reference=reference.project_gradients,
     fake=_fake,
+    gpu=(GpuKernel("triton", "fmkernels.ops.project_gradients.gpu", limits),),
 )
 """(P, out), (P, in) -> (B, dim), float32: P rows, of which sample b has ``rows``, or those from
 ``offsets[b]`` to ``offsets[b + 1]``, int64 on the same device; then :class:`Settings`.

@@ -91,7 +91,8 @@ class CountSketch(Projection):
         row = torch.where(is_bias, entries - weights, row)
         column = torch.where(is_bias, self.in_features, column)
         block, place = entries // self.dim, entries % self.dim
-        matrix = torch.zeros(self.dim, self.out_features * self.columns)
+        shape = (self.dim, self.out_features * self.columns)
+        matrix = torch.zeros(shape, dtype=torch.float32)
         blocks = torch.arange(int(block[-1]) + 1)
         for copy in range(self.repeats):
             shift = philox.shifts(self.seed, self.layer, blocks, copy, self.dim)

@@ -18,8 +18,13 @@ its bit is 0 and −1 where it is 1. What is asked for at which counter:
     3        shift of CountSketch block c            c div 4      0         repeat   word c mod 4
     4        sign of the left factor, (k, i)         i div 128    0         k        bit i mod 128
     5        sign of the right factor, (k, j)        j div 128    0         k        bit j mod 128
+    6        whether vera_dropout keeps (t, j)       j div 4      t         see ¹    word j mod 4
+    7        entry (k, j) of VeRA's matrix A         j div 4      k         0        word j mod 4
+    8        entry (i, k) of VeRA's matrix B         k div 4      i         0        word k mod 4
 
-A shift is (word · K) div 2³²; the right factor's bias is its entry j = in_features.
+A shift is (word · K) div 2³²; the right factor's bias is its entry j = in_features. ¹ Of t the row
+has t mod 2³² and the copy t div 2³². Streams 6 to 8 have layer 0; what is made of their words is in
+``fmkernels/ops/vera_dropout/reference.py`` and ``fmkernels/ops/vera_matrices/reference.py``.
 """
 
 from __future__ import annotations
@@ -36,7 +41,9 @@ LAYERS = 2**24
 WORD = 0xFFFFFFFF
 
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, ...], key: tuple[int, int] | tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Four words for every counter: int64 tensors of values below 2³², in and out, broadcast.
 
     Example:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -128,14 +127,5 @@ class Projection(ABC):
         op = type(self).__name__
         if not isinstance(bias, bool):
             raise TypeError(f"{op}: bias: expected True or False, got {bias!r}")
-        for name, value, stop in (("seed", seed, 2**63), ("layer", layer, LAYERS)):
-            try:
-                checked = -1 if isinstance(value, bool) else operator.index(value)
-            except TypeError:
-                checked = -1
-            if not 0 <= checked < stop:
-                power = stop.bit_length() - 1
-                raise ValueError(
-                    f"{op}: {name}: expected an integer from 0 to 2**{power} - 1, got {value!r}"
-                )
-            object.__setattr__(self, name, checked)
+        for name, value, power in (("seed", seed, 63), ("layer", layer, LAYERS.bit_length() - 1)):
+            object.__setattr__(self, name, _checks.integer_below(op, name, value, power))

@@ -15,6 +15,11 @@ from fmkernels.ops.project_gradients.projection import Projection, Settings
 
 PACKED = 2**22
 """Entries of a given matrix that are looked at, or made, at a time."""
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
+"""Of a given matrix."""
 OUTPUTS = 16
 """Whose words lie side by side: (tiles of outputs, words of a row, outputs)."""
 
@@ -83,9 +88,9 @@ class Rademacher(Projection):
         """A given matrix of ±1, kept at 1 bit per entry and applied as it is, without a scale.
 
         Args:
-            matrix: (K, out_features · (in_features + bias)), of any dtype: what vec(G) is
-                multiplied with, where G (out_features, in_features + bias) has the gradient of the
-                bias as its last column. It is not kept.
+            matrix: (K, out_features · (in_features + bias)), of integers or of floats of at least
+                16 bits: what vec(G) is multiplied with, where G (out_features, in_features + bias)
+                has the gradient of the bias as its last column. It is not kept.
             out_features: of the linear layer.
             in_features: of the linear layer.
             bias: whether the layer has a bias.
@@ -107,8 +112,12 @@ class Rademacher(Projection):
         op = "Rademacher.from_matrix"
         if not isinstance(matrix, Tensor):
             raise _checks.no_tensor(op, "matrix", matrix)
-        if matrix.dtype == torch.bool or matrix.dtype.is_complex:
-            raise TypeError(f"{op}: matrix: expected real numbers, got {matrix.dtype}")
+        if matrix.dtype not in DTYPES:
+            raise TypeError(
+                f"{op}: matrix: expected real numbers, integers or floats of at least 16 bits, got "
+                f"{matrix.dtype}; convert it with matrix.float(), or truth values with "
+                "2 * matrix.int() - 1"
+            )
         if not isinstance(bias, bool):
             raise TypeError(f"{op}: bias: expected True or False, got {bias!r}")
         out_features = _checks.positive_integer(op, "out_features", out_features)
