@@ -97,10 +97,36 @@ def addition(*, pairs: int | None = None, **functions: Callable[[], object]) -> 
     return {"of": f"({second} - {first}) / {first}"} | interval(added) | medians(times) | watched
 
 
+def beyond(*, pairs: int | None = None, **functions: Callable[[], object]) -> dict[str, Any]:
+    """How much longer the second function takes beyond the first than the third does.
+
+    The ratio of the medians of the differences from rounds A B C C B A …, and its bootstrap 95 %
+    interval; the rest as ``ratio`` returns it, with the differences as ``beyond_ms``.
+    """
+    times, watched = interleaved(functions, pairs)
+    base, *others = (np.array(each) for each in times.values())
+    first, *names = functions
+    added = [each - base for each in others]
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(base), size=(2000, len(base)))
+    ratios = np.median(added[0][drawn], axis=1) / np.median(added[1][drawn], axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    medians_s = [float(np.median(each)) for each in added]
+    figures = {"median": medians_s[0] / medians_s[1], "low": float(low), "high": float(high)}
+    return {
+        "of": f"({names[0]} - {first}) / ({names[1]} - {first})",
+        **{name: digits(figure) for name, figure in figures.items()},
+        "pairs": len(base),
+        "beyond_ms": dict(zip(names, (digits(1e3 * each) for each in medians_s), strict=True)),
+        **medians(times),
+        **watched,
+    }
+
+
 def interleaved(
     functions: dict[str, Callable[[], object]], pairs: int | None
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of two functions, warm, called in turn; and what others took meanwhile.
+    """Seconds of two or more functions, warm, called in turn; and what others took meanwhile.
 
     A fast function is called for about 20 ms a sample.
     """

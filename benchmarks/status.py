@@ -28,7 +28,28 @@ SORTING = {
 
 LIMITS = {
     "knn": {"reference": "every device", "cpp": "any size", "triton": "k ≤ 2,048"},
-    "project_gradients": {"reference": "every device", "cpp": "any size"},
+    "project_gradients": {"reference": "every device", "cpp": "any size", "triton": "any size"},
+    "vera_matrices": {"reference": "every device", "cpp": "any size", "triton": "any size"},
+    "vera_shrink": {"reference": "every device", "triton": "T ≤ 64, not float64"},
+    "vera_shrink_backward": {"reference": "every device"},
+    **{
+        name: {"reference": "every device", "cpp": "any size", "triton": "not float64"}
+        for name in (
+            "vera_expand",
+            "vera_expand_backward",
+            "vera_products",
+            "vera_products_backward",
+            "vera_dropout",
+        )
+    },
+    **{
+        name: {"reference": "every device", "cpp": "any size"}
+        for name in ("vera_dense", "vera_dense_backward")
+    },
+    **{
+        name: {"reference": "every device", "triton": "not float64"}
+        for name in ("dvora_scale", "dvora_scale_backward")
+    },
 }
 """Of the others."""
 

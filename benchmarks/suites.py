@@ -12,6 +12,8 @@ import knn.plot
 import knn.report
 import sort.plot
 import sort.report
+import vera.plot
+import vera.report
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 
@@ -36,4 +38,5 @@ SUITES = {
     "sort": Suite("diffsort", sort.report.section, sort.plot.plot),
     "knn": Suite("faiss-cpu", knn.report.section, knn.plot.plot, knn.report.details),
     "fungi": Suite("torch", fungi.report.section, fungi.plot.plot, fungi.report.details),
+    "vera": Suite("peft", vera.report.section, vera.plot.plot, vera.report.details),
 }

@@ -6,10 +6,13 @@ from knn.workloads import WORKLOADS as KNN
 from knn.workloads import Search
 from sort.workloads import WORKLOADS as SORT
 from sort.workloads import Features, Sorting, TrainingLoss
+from vera.workloads import WORKLOADS as VERA
+from vera.workloads import Adapted
 from workload import Workload, on_device
 
 __all__ = [
     "WORKLOADS",
+    "Adapted",
     "Features",
     "Projecting",
     "Search",
@@ -19,4 +22,4 @@ __all__ = [
     "on_device",
 ]
 
-WORKLOADS: dict[str, Workload] = SORT | KNN | FUNGI
+WORKLOADS: dict[str, Workload] = SORT | KNN | FUNGI | VERA

@@ -10,6 +10,7 @@ from typing import Any
 from fmkernels import testing
 from fmkernels._library import backend
 from fmkernels._version import __version__
+from fmkernels.ops.dvora_linear import DvoraNorms, dvora_linear
 from fmkernels.ops.gradient_similarity import gradient_similarity
 from fmkernels.ops.knn import KNNInfo, knn
 from fmkernels.ops.knn_label_propagation import knn_label_propagation
@@ -24,9 +25,15 @@ from fmkernels.ops.project_gradients import (
 )
 from fmkernels.ops.soft_sort import soft_sort
 from fmkernels.ops.soft_sort_cross_entropy import soft_sort_cross_entropy
+from fmkernels.ops.vera_delta_weight import vera_delta_weight
+from fmkernels.ops.vera_expand import vera_expand
+from fmkernels.ops.vera_linear import vera_linear
+from fmkernels.ops.vera_matrices import vera_matrices
+from fmkernels.ops.vera_shrink import vera_shrink
 
 __all__ = [
     "CountSketch",
+    "DvoraNorms",
     "KNNInfo",
     "KhatriRao",
     "Kronecker",
@@ -34,6 +41,7 @@ __all__ = [
     "Rademacher",
     "__version__",
     "backend",
+    "dvora_linear",
     "gradient_similarity",
     "knn",
     "knn_label_propagation",
@@ -42,6 +50,11 @@ __all__ = [
     "soft_sort",
     "soft_sort_cross_entropy",
     "testing",
+    "vera_delta_weight",
+    "vera_expand",
+    "vera_linear",
+    "vera_matrices",
+    "vera_shrink",
 ]
 
 

@@ -21,6 +21,13 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def lower_precision(tensor: Tensor) -> Tensor:
+    """In the dtype in which autocast multiplies, where it is on: as PyTorch's own products do."""
+    if tensor.dtype == torch.float64 or not autocasts(tensor):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """In which dtype a product of the tensor, and its backward pass, keeps float32's precision.
 

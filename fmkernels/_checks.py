@@ -129,6 +129,19 @@ def positive_integer(op: str, argument: str, value: SupportsIndex, otherwise: st
     return checked
 
 
+def integer_below(op: str, argument: str, value: SupportsIndex, power: int) -> int:
+    """An integer of any kind from 0 to 2**power − 1, as Python's."""
+    try:
+        checked = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        checked = -1
+    if not 0 <= checked < 2**power:
+        raise ValueError(
+            f"{op}: {argument}: expected an integer from 0 to 2**{power} - 1, got {value!r}"
+        )
+    return checked
+
+
 def plain(settings: tuple[Any, ...]) -> tuple[Any, ...]:
     """Numbers of any kind (NumPy's, a Fraction) as the float that an op's schema takes."""
     return tuple(float(value) if isinstance(value, Real) else value for value in settings)

@@ -209,8 +209,9 @@ class Op:
             fake: shapes and dtypes of the outputs, for ``torch.compile`` and the meta device.
             setup_context: what to keep for backward, as in ``torch.autograd.Function``; trailing
                 inputs that have the schema's defaults may be missing.
-            backward: ``backward(ctx, on_reference, *grads)``, the gradient of the first input, the
-                only one that has one. Both or neither; it must not be differentiated again.
+            backward: ``backward(ctx, on_reference, *grads)``, the gradient of the first input, or a
+                tuple of those of the first inputs. Both or neither; what it gives cannot be
+                differentiated again.
             only_first: calling gives the first output alone; backward needs the others.
             limits: why the compiled kernels hand these arguments to the reference, or None.
             cpu: the kernel for CPU tensors where it is written in Python, over functions of the
@@ -265,14 +266,17 @@ class Op:
         only_first, on_reference = self.only_first, overload is self._reference.overload
 
         def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
-            none = (None,) * (len(ctx.needs_input_grad) - 1)  # one more would cost 5 µs
+            none = (None,) * len(ctx.needs_input_grad)
             if not torch.is_grad_enabled():
-                return backward(ctx, on_reference, *grads), *none
-            with torch.no_grad():
-                grad = backward(ctx, on_reference, *grads)
-            if grad is not None:
-                grad = _Once.apply(self.name, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-            return grad, *none
+                found = as_tuple(backward(ctx, on_reference, *grads))
+            else:
+                with torch.no_grad():
+                    found = as_tuple(backward(ctx, on_reference, *grads))
+                found = tuple(
+                    grad if grad is None else _Once.apply(self.name, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+                    for grad in found
+                )
+            return found + none[len(found) :]
 
         # This is what torch.compile sees. In eager mode an autograd.Function does the same at a
         # quarter of the host time.
@@ -394,6 +398,11 @@ class Op:
     def backends(self) -> dict[str, str | None]:
         """For every backend None if it can run this op on its device, else the reason."""
         return {name: self.why_not(name) for name in BACKENDS}
+
+
+def as_tuple(grads: Any) -> tuple[Tensor | None, ...]:
+    """One gradient, or several, as several."""
+    return grads if isinstance(grads, tuple) else (grads,)
 
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality

@@ -196,7 +196,11 @@ def gpu(*arguments, site=None):
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["swim"], 2, "some of tests, sort, knn, tune, sanitizer, compiled, got swim"),
+        (
+            ["swim"],
+            2,
+            "some of tests, sort, knn, project_gradients, vera, tune, sanitizer, compiled, got swim",
+        ),
         (["--minutes", "0"], 2, "--minutes: expected a positive number, got 0.0"),
         (["--dry-run"], 1, "expected an installed wheel, got the checkout"),
     ],

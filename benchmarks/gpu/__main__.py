@@ -36,6 +36,8 @@ SUITES = {
     "tests": Suite(270, ("pytest", str(TESTS), "-q", "-W", "default", "--gpu-results"), True),
     "sort": Suite(150, ("gpu.sort",)),
     "knn": Suite(110, ("gpu.knn",)),
+    "project_gradients": Suite(60, ("gpu.project_gradients",)),
+    "vera": Suite(100, ("gpu.vera",)),
     "tune": Suite(240, ("gpu.tune",)),
     "sanitizer": Suite(300, ("gpu.sanitizer",)),
     "compiled": Suite(240, ("gpu.compiled",)),

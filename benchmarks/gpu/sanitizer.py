@@ -17,14 +17,20 @@ from typing import Any
 import torch
 
 import fmkernels
+from fmkernels.ops.dvora_linear import DVORA_SCALE, DVORA_SCALE_BACKWARD
 from fmkernels.ops.knn import METRICS, search
+from fmkernels.ops.project_gradients import project
+from fmkernels.ops.vera_dropout import vera_dropout
+from fmkernels.ops.vera_expand import VERA_EXPAND, VERA_EXPAND_BACKWARD
+from fmkernels.ops.vera_linear.products import VERA_PRODUCTS
+from fmkernels.ops.vera_shrink import VERA_SHRINK
 from gpu import process
 from gpu.record import Record
 from gpu.target import BACKENDS, DEVICE, DRY_RUN, prepare, running
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-KERNELS = ("soft_sort", "knn_")
-"""What all of their names have, one or the other."""
+KERNELS = ("soft_sort", "knn_", "project_gradients_", "vera_", "dvora_")
+"""What all of their names have, one of these."""
 
 FOUND = 86
 """The exit code that means a finding."""
@@ -53,6 +59,51 @@ def small(backend: str) -> None:
             for rows, dim in ((3, 5), (600, 7)) if DRY_RUN else ((3, 5), (2000, 7), (3000, 64)):
                 for metric in METRICS:
                     fmkernels.knn(normal(3, dim), normal(rows, dim), 3, metric=metric)
+        if backend in project.gpu_kernels:
+            layers = ((6, 5, 8),) if DRY_RUN else ((6, 5, 8), (9, 33, 40), (130, 257, 70))
+            for layer in layers:
+                small_projections(*layer)
+        if backend in VERA_EXPAND.gpu_kernels:
+            sizes = ((5, 4, 3, 2),) if DRY_RUN else ((5, 4, 3, 2), (70, 33, 50, 17))
+            for tokens, into, out, rank in sizes:
+                small_adapters(tokens, into, out, rank)
+
+
+def small_adapters(tokens: int, into: int, out: int, rank: int) -> None:
+    """Rows of one adapter and of several, few and many; the magnitude; dropout."""
+    half = torch.float16
+    x, u = normal(tokens, into).to(half), normal(tokens, rank).to(half)
+    base, B = normal(tokens, out).to(half), normal(out, rank).to(half)
+    for count in (1, 3):
+        d, b = normal(count, rank), normal(count, out)
+        ids = torch.arange(tokens, device=DEVICE) % 4 - 1 if count > 1 else None
+        y = VERA_EXPAND(base, u, d, b, B, ids, False)
+        assert y.isfinite().all()
+        VERA_EXPAND_BACKWARD(y, u, d, b, B, ids, False, True, True)
+        layer = x, normal(out, into).to(half), None, normal(rank, into).to(half)
+        VERA_PRODUCTS(*layer, B, d, b, ids, False)
+    VERA_SHRINK(vera_dropout(x, 0.5, seed=1), normal(rank, into).to(half))
+    norms = torch.ones(out, device=DEVICE)
+    DVORA_SCALE_BACKWARD(y, DVORA_SCALE(base, norms, norms, norms), norms, norms)
+
+
+def small_projections(out: int, into: int, dim: int) -> None:
+    """Every kind, of samples that have a row, several or none."""
+    given = torch.ones(dim, out * (into + 1), device=DEVICE)
+    projections = (
+        fmkernels.CountSketch(out, into, dim),
+        fmkernels.Rademacher(out, into, dim),
+        fmkernels.Rademacher.from_matrix(given, out, into),
+        fmkernels.KhatriRao(out, into, dim),
+        fmkernels.Kronecker(out, into, dim),
+    )
+    sizes = ((3, 1), (2, 4), (1, 0))
+    deltas = [normal(samples, rows, out) for samples, rows in sizes]
+    activations = [normal(samples, rows, into) for samples, rows in sizes]
+    for projection in projections[::2] if DRY_RUN else projections:
+        for found in fmkernels.project_gradients(deltas, activations, projection):
+            assert found.isfinite().all()
+        fmkernels.project_gradients(deltas[0], activations[0], projection)
 
 
 def check(tool: str, backend: str, command: list[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ def render(folder: Path, outcomes: dict[str, str]) -> str:
     for name, outcome in outcomes.items():
         path = folder / f"gpu-{name}.json"
         content = json.loads(path.read_text()) if path.exists() else {"results": {}}
-        lines.append(f"{name:<12}{outcome}, {content.get('seconds', 0):.0f} s")
+        lines.append(f"{name:<18}{outcome}, {content.get('seconds', 0):.0f} s")
         lines += [f"  {line}" for line in LINES[name](content["results"])]
         if content.get("dry_run"):
             lines.append("  (a dry run: the times are those of an interpreter)")
@@ -52,8 +52,58 @@ SEARCHERS = ("triton", "triton-prepared", "torch-float32", "torch-bfloat16", "fa
 
 
 def knn(results: dict[str, Any]) -> Iterator[str]:
+    yield from beside_floors(results, SEARCHERS)
+
+
+PROJECTORS = (
+    "triton",
+    "triton-seeded",
+    "triton-packed",
+    "triton-khatri-rao",
+    "torch-float32",
+    "torch-bfloat16",
+)
+
+
+def project_gradients(results: dict[str, Any]) -> Iterator[str]:
+    yield from beside_floors(results, PROJECTORS)
+
+
+def vera(results: dict[str, Any]) -> Iterator[str]:
+    """What adapters cost, in microseconds: the layer's time less that of the base alone."""
     for name, found in results.items():
-        shown = (cell(who, facts) for who, facts in found.items() if who in SEARCHERS)
+        of_base = found.get("base", {}).get("ms", {}).get("median")
+        shown = []
+        for who in ADAPTERS:
+            facts = found.get(who, {})
+            if of_base is None or "failed" in facts:
+                shown.append(f"{who} {facts.get('failed', 'without base')}")
+            elif facts:
+                shown.append(f"{who} {1e3 * (facts['ms']['median'] - of_base):.3g}")
+        verdict = ""
+        if of_base is not None and "target_us" in found and "ms" in found.get("fmkernels", {}):
+            cost = 1e3 * (found["fmkernels"]["ms"]["median"] - of_base)
+            word = "met" if cost <= found["target_us"] else "missed"
+            verdict = f"; ≤ {found['target_us']} µs: {word}"
+        alone = "" if of_base is None else f"base {1e3 * of_base:.3g} µs; "
+        yield f"{name:<22}{alone}adapter, µs: {', '.join(shown)}{verdict}"
+
+
+ADAPTERS = (
+    "fmkernels",
+    "fmkernels-products",
+    "fmkernels-merged",
+    "stock",
+    "stock-compiled",
+    "peft",
+    "peft-autocast",
+    "lora",
+)
+
+
+def beside_floors(results: dict[str, Any], providers: Sequence[str]) -> Iterator[str]:
+    for name, found in results.items():
+        shown = (cell(who, facts) for who, facts in found.items() if who in providers)
         yield f"{name:<22}floor {max(found['floor_ms'].values()):.3g} ms; {'; '.join(shown)}"
 
 
@@ -122,6 +172,8 @@ LINES = {
     "sanitizer": sanitizer,
     "sort": sort,
     "knn": knn,
+    "project_gradients": project_gradients,
+    "vera": vera,
     "tune": tune,
     "compiled": lambda results: (
         f"{name}: {cell(who, facts)}"

@@ -218,6 +218,13 @@ Array<float> flipped(
   return result;
 }
 
+Array<float> entries(const Array<uint32_t>& words, int register_bytes) {
+  if (words.size() % 32 != 0) throw std::invalid_argument("words: expected 32 · n");
+  Array<float> result(words.size());
+  signs(register_bytes).uniform(words.data(), result.mutable_data(), words.size());
+  return result;
+}
+
 template <class T>
 void define(py::module_& module) {
   module.def("soft_sort", soft_sort<T>);
@@ -232,6 +239,7 @@ PYBIND11_MODULE(fmkernels_native, module) {
   module.def("by_block", by_block);
   module.def("philox", philox_words);
   module.def("flip", flipped);
+  module.def("vera_entries", entries);
 
   // all comparators as (lo, hi), layer after layer, and the number of them in each layer
   module.def("layers", [](const std::string& network, int32_t n) {

@@ -1,7 +1,8 @@
-// The random words and signs of projections at one register size, as lanes.cpp.
+// Random words, and what is made of them, at one register size, as lanes.cpp.
 #include "philox.h"
 
 #include "fmkernels/project_gradients.h"
+#include "fmkernels/vera_matrices.h"
 
 FMKERNELS_NAMESPACE_BEGIN
 namespace {
@@ -23,6 +24,10 @@ void run_flip(const uint32_t* words, float* values, int64_t count) {
 
 void run_flip_by_highest(const uint32_t* words, float* values, int64_t count) {
   for (int64_t j = 0; j < count; ++j) values[j] = flip(values[j], words[j] >> 31);
+}
+
+void run_uniform(const uint32_t* words, float* entries, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) entries[j] = uniform(words[j]);
 }
 
 #else
@@ -55,10 +60,18 @@ void run_flip_by_highest(const uint32_t* words, float* values, int64_t count) {
   }
 }
 
+void run_uniform(const uint32_t* words, float* entries, int64_t count) {
+  for (int64_t j = 0; j < count; j += W) {
+    Words some;
+    memcpy(&some, words + j, sizeof some);
+    store(uniform<W>(some), entries + j);
+  }
+}
+
 #endif
 
 }  // namespace
 
-extern const Signs signs{run_philox, run_flip, run_flip_by_highest};
+extern const Signs signs{run_philox, run_flip, run_flip_by_highest, run_uniform};
 
 FMKERNELS_NAMESPACE_END

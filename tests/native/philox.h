@@ -1,4 +1,4 @@
-// What philox.cpp offers for one register size: the words of counters, and what signs do.
+// What philox.cpp offers for one register size: the words of counters, and what is made of them.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,13 @@ using PhiloxFunction = void (*)(const uint32_t* key, uint32_t* counters, int64_t
 // values with signs turned by bit j mod 32 of word j div 32, or by the highest bit of word j
 using FlipFunction = void (*)(const uint32_t* words, float* values, int64_t count);
 
+// entries of VeRA's matrices
+using UniformFunction = void (*)(const uint32_t* words, float* entries, int64_t count);
+
 struct Signs {
   PhiloxFunction philox;
   FlipFunction flip, flip_by_highest;
+  UniformFunction uniform;
 };
 
 #define DECLARE(size)          \

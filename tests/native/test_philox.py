@@ -1,4 +1,4 @@
-"""Random words and signs at every register size, beside the published ones and the reference."""
+"""Random words, signs and entries at every register size, beside the published ones and the reference."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmkernels.ops.project_gradients import philox
+from fmkernels.ops.vera_matrices import reference as vera_matrices
 
 ONES = 0xFFFFFFFF
 PUBLISHED = [
@@ -50,3 +51,14 @@ def test_signs_are_the_bits(native, register_bytes, highest):
     found = native.flip(values, words, highest, register_bytes)
     assert (found == expected).all()
     assert (np.signbit(found) == np.signbit(expected)).all()
+
+
+def test_entries_of_vera_s_matrices_are_the_reference_s(native, register_bytes):
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, 4096, dtype=np.uint32)
+    words[:4] = 0, 0x7FFFFFFF, 0x80000000, ONES
+    expected = vera_matrices.uniform(torch.from_numpy(words.astype(np.int64))).numpy()
+    found = native.vera_entries(words, register_bytes)
+    assert (found == expected).all()
+    assert found[0] == -found[3]
+    assert found[1] == -found[2] == -vera_matrices.STEP

@@ -9,7 +9,7 @@ import pytest
 
 from fmkernels import _library
 
-SUITES = ("tests", "sanitizer", "sort", "knn", "tune")
+SUITES = ("tests", "sanitizer", "sort", "knn", "project_gradients", "vera", "tune")
 """``compiled`` is a peer alone, and takes as long as the others together."""
 
 
@@ -29,7 +29,7 @@ def results(built, root, tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout
     for name in SUITES:
-        assert f"{name:<12}finished" in done.stdout
+        assert f"{name:<18}finished" in done.stdout
     return {name: json.loads((folder / f"gpu-{name}.json").read_text()) for name in SUITES}
 
 

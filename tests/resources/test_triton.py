@@ -8,6 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 import triton_knn
+import triton_projection
+import triton_vera
+import triton_vera_matrices
 from budgets import BUDGETS, matrix_violations, violations
 from resource_usage import Resources
 from triton_aot import resources
@@ -69,7 +72,8 @@ def test_matrix_instructions_are_found_and_missed(monkeypatch):
 
 
 def test_every_kernel_has_a_budget():
-    kernels = BY_NAME.keys() | triton_knn.BY_NAME.keys()
+    kernels = BY_NAME.keys() | triton_knn.BY_NAME.keys() | triton_projection.BY_NAME.keys()
+    kernels |= triton_vera.BY_NAME.keys() | {triton_vera_matrices.NAME}
     assert kernels == {name for name in BUDGETS if name.endswith("_kernel")}
 
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "fmkernels/bfloat16.h"
 #include "fmkernels/config.h"
 
 FMKERNELS_NAMESPACE_BEGIN
@@ -84,27 +85,6 @@ FMKERNELS_INLINE double cosine(
       sum_in_lanes(n, [=](int64_t d) { return (a[d] * scale_a) * (b[d] * scale_b); });
   return product / (norm_a * scale_a) / (norm_b * scale_b);
 }
-
-// bfloat16, which is what a float32 has in its upper half.
-struct BFloat16 {
-  uint16_t bits;
-};
-FMKERNELS_INLINE float widen(float value) { return value; }
-FMKERNELS_INLINE float widen(BFloat16 value) {
-  const uint32_t bits = uint32_t{value.bits} << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-// The nearest bfloat16, ties to even; a NaN stays one.
-FMKERNELS_INLINE void narrow(float value, BFloat16& narrowed) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-  narrowed.bits = static_cast<uint16_t>((value == value ? rounded : bits | 0x400000) >> 16);
-}
-FMKERNELS_INLINE void narrow(float value, float& narrowed) { narrowed = value; }
 
 FMKERNELS_INLINE float widen(int8_t value) { return static_cast<float>(value); }
 FMKERNELS_INLINE float widen(int32_t value) { return static_cast<float>(value); }

@@ -1,0 +1,1 @@
+"""Layers with VeRA adapters: workloads, providers, limits, report."""

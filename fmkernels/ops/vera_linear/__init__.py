@@ -1,0 +1,256 @@
+"""A linear layer with a VeRA adapter, by whichever form is the cheapest at its sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmkernels import _checks
+from fmkernels._autocast import lower_precision
+from fmkernels._library import Op
+from fmkernels.ops.vera_dropout import vera_dropout
+from fmkernels.ops.vera_expand import check_ids, check_vectors, vera_expand
+from fmkernels.ops.vera_expand.config import by_matrix
+from fmkernels.ops.vera_linear import cpp, reference
+from fmkernels.ops.vera_linear.formulation import Formulation, formulation
+from fmkernels.ops.vera_linear.products import VERA_PRODUCTS
+from fmkernels.ops.vera_shrink import check_frozen, check_shared, vera_shrink
+
+NAME = "vera_linear"
+
+EXACT = (torch.float32, torch.float64)
+"""In which W0 + ΔW loses nothing that a user would miss."""
+
+
+def vera_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    *,
+    adapter_ids: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | None = None,
+    merge: bool | None = None,
+) -> Tensor:
+    """A linear layer with a VeRA adapter: Y = X W0ᵀ + bias + b ⊙ (((X Aᵀ) ⊙ d) Bᵀ).
+
+    Of the forms that compute it, the one with the fewest multiplications at these sizes is taken
+    (``fmkernels.ops.vera_linear.formulation``): two products through the rank, or for large ranks
+    the update ΔW = diag(b) B diag(d) A as a matrix, apart from the weight or merged into it.
+
+    Args:
+        x: (…, m), of any floating dtype and strides.
+        weight: W0, (n, m). If it or ``bias`` requires a gradient, it gets one.
+        bias: (n), or None.
+        A: (r, ≥ m), frozen; the first m columns count.
+        B: (≥ n, r), frozen; the first n rows count.
+        lambda_d: d, (r), or (N, r) for several adapters; of any floating dtype.
+        lambda_b: b, (n) or (N, n).
+        adapter_ids: (…), integers from −1 (no adapter) to N − 1: that of every row of x.
+        dropout_p: the share of x's numbers that the adapter does not see, in training.
+        training: whether to drop any.
+        seed: which are dropped, from 0 to 2**63 − 1; drawn from PyTorch's generator if None.
+        merge: whether W0 + ΔW may be formed in the weight's dtype, which over bfloat16 and float16
+            rounds small updates away, as PEFT's merge does. By default only in float32 and float64.
+
+    Returns:
+        Y, (…, n), in x's dtype, or in that of autocast where it is on.
+
+    Raises:
+        TypeError: an argument has the wrong dtype.
+        ValueError: an argument does not fit; the message names it.
+
+    Numerics:
+        Products in the dtype of the result; the vectors multiply, and their gradients are summed,
+        in float32 (float64 for float64). Backward keeps U (…, r) and the vectors; in a dense form
+        X and ΔW (n, m) instead. What is dropped is made again from the seed.
+
+    Source:
+        Kopiczko, Blankevoort, Asano, *VeRA: Vector-based Random Matrix Adaptation*, ICLR 2024.
+
+    Example:
+        >>> import torch, fmkernels
+        >>> x, weight = torch.randn(5, 12), torch.randn(8, 12)
+        >>> A, B = torch.randn(4, 12), torch.randn(8, 4)
+        >>> d, b = torch.full((4,), 0.1, requires_grad=True), torch.ones(8, requires_grad=True)
+        >>> y = fmkernels.vera_linear(x, weight, None, A, B, d, b)
+        >>> expected = x @ weight.mT + b * ((x @ A.mT * d) @ B.mT)
+        >>> torch.allclose(y, expected, atol=1e-5)
+        True
+    """
+    several = adapter_ids is not None
+    count = _checks.once(_check, (several,), x, weight, A, B, lambda_d, lambda_b)
+    _check_rest(x, weight, bias, A, B, adapter_ids, count, dropout_p, merge)
+    if seed is not None:
+        seed = _checks.integer_below(NAME, "seed", seed, 63)
+    x = lower_precision(x)
+    form = _form(x, weight, bias, A, lambda_d, adapter_ids, dropout_p if training else 0.0, merge)
+    if form != "products":
+        y: Tensor = VERA_DENSE(
+            x.reshape(-1, x.shape[-1]),
+            weight.to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
+            A,
+            B,
+            lambda_d.reshape(1, -1),
+            lambda_b.reshape(1, -1),
+            form == "merged",
+        )
+        return y.reshape(*x.shape[:-1], y.shape[1])
+    layer = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    drops = training and dropout_p > 0
+    if drops or _is_trained(weight, bias):
+        u = vera_shrink(vera_dropout(x, dropout_p, seed=seed) if drops else x, A)
+        base = F.linear(*layer)
+        return vera_expand(base, u, lambda_d, lambda_b, B, adapter_ids=adapter_ids)
+    flat, (width, rank) = x.reshape(-1, x.shape[-1]), (weight.shape[0], A.shape[0])
+    vectors = lambda_d.reshape(-1, rank), lambda_b.reshape(-1, width)
+    ids = None if adapter_ids is None else adapter_ids.reshape(-1).long()
+    matrix = ids is None and by_matrix(len(flat), width, rank)
+    y = VERA_PRODUCTS(flat, *layer[1:], A, B, *vectors, ids, matrix)
+    return y.reshape(*x.shape[:-1], width)
+
+
+def _form(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    lambda_d: Tensor,
+    adapter_ids: Tensor | None,
+    dropped: float,
+    merge: bool | None,
+) -> Formulation:
+    """The form for these arguments."""
+    trained = _is_trained(weight, bias)
+    return formulation(
+        x.shape[:-1].numel(),
+        x.shape[-1],
+        weight.shape[0],
+        A.shape[0],
+        dense=not (trained or dropped or adapter_ids is not None),
+        merge=x.dtype in EXACT if merge is None else merge,
+    )
+
+
+def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def check_layer(op: str, x: Any, weight: Any, A: Any, B: Any) -> None:
+    """A layer's input and weight, and shared matrices that are large enough for it."""
+    _checks.floating_tensor(op, "x", x)
+    _checks.floating_tensor(op, "weight", weight)
+    _checks.same_device(op, "weight", weight, "x", x)
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: weight: expected shape (n, {x.shape[-1]}), the inputs of x, "
+            f"got {_checks.shape(weight)}"
+        )
+    check_shared(op, "A", A, x, x.shape[-1], dim=1)
+    check_shared(op, "B", B, x, weight.shape[0], dim=0)
+    if B.shape[1] != A.shape[0]:
+        raise ValueError(f"{op}: B: expected {A.shape[0]} columns, the rank of A, got {B.shape[1]}")
+
+
+def check_bias(op: str, bias: Any, weight: Tensor) -> None:
+    """None, or one number for every output."""
+    if bias is None:
+        return
+    _checks.floating_tensor(op, "bias", bias)
+    _checks.same_device(op, "bias", bias, "weight", weight)
+    if _checks.shape(bias) != (weight.shape[0],):
+        raise ValueError(
+            f"{op}: bias: expected shape ({weight.shape[0]},), got {_checks.shape(bias)}"
+        )
+
+
+def _check(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor,
+    several: bool,
+) -> int:  # fmt: skip
+    check_layer(NAME, x, weight, A, B)
+    return check_vectors(NAME, lambda_d, lambda_b, A.shape[0], weight.shape[0], x, several)
+
+
+def _check_rest(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
+    adapter_ids: Tensor | None, count: int, dropout_p: float, merge: bool | None,
+) -> None:  # fmt: skip
+    check_bias(NAME, bias, weight)
+    check_frozen(NAME, "A", A)
+    check_frozen(NAME, "B", B)
+    if adapter_ids is not None:
+        check_ids(NAME, adapter_ids, tuple(x.shape[:-1]), count, x)
+    _checks.non_negative(NAME, "dropout_p", dropout_p)
+    if dropout_p > 1:
+        raise ValueError(f"{NAME}: dropout_p: expected a share from 0 to 1, got {dropout_p}")
+    if merge and adapter_ids is not None:
+        raise ValueError(f"{NAME}: merge: expected None or False with adapter_ids, got True")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, A, B, lambda_d, lambda_b, merged = inputs
+    update = output[1]
+    ctx.mark_non_differentiable(update)
+    ctx.set_materialize_grads(False)
+    ctx.merged = merged
+    ctx.save_for_backward(x, weight, update, A, B, lambda_d, lambda_b)
+
+
+def _backward(
+    ctx: Any, on_reference: bool, grad: Tensor | None, _: None = None
+) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,)
+    of_x, of_d, of_b = (ctx.needs_input_grad[i] for i in (0, 5, 6))
+    grad_x, grad_d, grad_b = VERA_DENSE_BACKWARD.run(
+        on_reference, grad, *ctx.saved_tensors, ctx.merged, of_x, of_d or of_b
+    )
+    of_vectors = (grad_d if of_d else None, grad_b if of_b else None)
+    return (grad_x if of_x else None, None, None, None, None, *of_vectors)
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), torch.empty_like(weight)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, update: Tensor, A: Tensor, B: Tensor,
+    lambda_d: Tensor, lambda_b: Tensor, merged: bool, of_x: bool, of_vectors: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    vectors = (torch.empty_like(v) if of_vectors else v.new_empty(0) for v in (lambda_d, lambda_b))
+    return x.new_empty(x.shape if of_x else 0), *vectors  # type: ignore[return-value]
+
+
+_LAYER = "Tensor A, Tensor B, Tensor lambda_d, Tensor lambda_b, bool merged"
+
+VERA_DENSE = Op(
+    "vera_dense",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_LAYER}) -> (Tensor y, Tensor update)",
+    reference=reference.vera_dense,
+    cpu=cpp.vera_dense,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    only_first=True,
+)
+"""(T, m), (n, m), (n), (r, ≥ m), (≥ n, r), (1, r), (1, n) -> (T, n), and ΔW or W0 + ΔW."""
+
+VERA_DENSE_BACKWARD = Op(
+    "vera_dense_backward",
+    f"(Tensor grad, Tensor x, Tensor weight, Tensor update, {_LAYER}, bool of_x, bool of_vectors)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=reference.vera_dense_backward,
+    cpu=cpp.vera_dense_backward,
+    fake=_fake_backward,
+)
+"""Gradients of x, lambda_d and lambda_b; empty for what is not asked for."""

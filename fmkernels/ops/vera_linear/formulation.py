@@ -1,0 +1,51 @@
+"""Which way to compute a VeRA layer is the cheapest: pure functions of sizes.
+
+Multiplications of forward and backward beside the base layer's own, with T rows, m inputs, n
+outputs and rank r:
+
+    products   T r (2 m + 3 n)          U, Y, dU, M, dX
+    apart      3 T m n + 2 m n r        Y, dX, S; ΔW, M
+    merged       T m n + 2 m n r        S; ΔW, M: Y and dX are the base layer's own products
+
+``products`` is what ``vera_shrink`` and ``vera_expand`` do; it is the only one that scales to
+thousands of adapters, keeps no input, and takes dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Formulation = Literal["products", "apart", "merged"]
+
+
+def multiplications(
+    tokens: int, in_features: int, out_features: int, rank: int
+) -> dict[Formulation, int]:
+    """Of forward and backward in every form, beside those of the base layer."""
+    weight = tokens * in_features * out_features
+    dense = 2 * in_features * out_features * rank
+    return {
+        "products": tokens * rank * (2 * in_features + 3 * out_features),
+        "apart": 3 * weight + dense,
+        "merged": weight + dense,
+    }
+
+
+def formulation(
+    tokens: int, in_features: int, out_features: int, rank: int, *, dense: bool, merge: bool
+) -> Formulation:
+    """The form with the fewest multiplications.
+
+    Args:
+        tokens: T.
+        in_features: m.
+        out_features: n.
+        rank: r.
+        dense: whether a form that keeps X and builds ΔW will do: there is one adapter, and nothing
+            is dropped.
+        merge: whether W0 + ΔW may be rounded to the base's dtype.
+    """
+    cost = multiplications(tokens, in_features, out_features, rank)
+    if not merge:
+        del cost["merged"]
+    return min(cost, key=lambda form: cost[form]) if dense else "products"
