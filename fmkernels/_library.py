@@ -229,9 +229,9 @@ class Op:
             for route in (self._main, self._reference):
                 route.autograd = self._differentiable(route.overload, setup_context, backward)
         if cpu is not None and native is not None:
-            LIBRARY.impl(name, cpu, "CPU")
+            LIBRARY.impl(name, untouched_by_autocast(cpu), "CPU")
         if any(GPU_ERRORS[kernel.backend] is None for kernel in gpu):
-            LIBRARY.impl(name, self._run_gpu, "CUDA")
+            LIBRARY.impl(name, untouched_by_autocast(self._run_gpu), "CUDA")
         OPS[name] = self
 
     def _run_gpu(self, *args: Any) -> Any:
@@ -252,7 +252,7 @@ class Op:
         self, name: str, signature: str, reference: Callable[..., Any], fake: Callable[..., Any]
     ) -> _Route:
         LIBRARY.define(name + signature)
-        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, untouched_by_autocast(reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fmkernels::{name}", fake, lib=LIBRARY)
         torch.library.register_vmap(f"fmkernels::{name}", _refuse_vmap(self.name), lib=LIBRARY)
         return _Route(getattr(torch.ops.fmkernels, name).default)
@@ -398,6 +398,24 @@ class Op:
     def backends(self) -> dict[str, str | None]:
         """For every backend None if it can run this op on its device, else the reason."""
         return {name: self.why_not(name) for name in BACKENDS}
+
+
+def untouched_by_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel in Python whose products are in the dtypes that it chose.
+
+    Autocast is still on below an op: in a backward pass inside of it, say, of a forward pass that
+    was outside.
+    """
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "meta")
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
 
 
 def as_tuple(grads: Any) -> tuple[Tensor | None, ...]:

@@ -172,7 +172,10 @@ Tensor scale_matrix(const Tensor& B, const Tensor& d, const Tensor& b) {
 
 std::tuple<Tensor, Tensor> contract(
     const Tensor& M, const Tensor& B, const Tensor& d, const Tensor& b) {
-  check_like("vera_expand", M, B);
+  STD_TORCH_CHECK(
+      M.dim() == 2 && M.is_contiguous() && M.scalar_type() == ScalarType::Float &&
+          M.size(0) == B.size(0) && M.size(1) == B.size(1),
+      "vera_expand: M: expected dense float32 of the shape of B");
   const int64_t rows = B.size(0), rank = B.size(1), step = vera_rows_of_a_part;
   const int64_t parts = (rows + step - 1) / step;
   const Tensor grad_b = empty<float>({rows}), grad_d = empty<float>({rank});
@@ -180,7 +183,8 @@ std::tuple<Tensor, Tensor> contract(
   for_type("vera_expand", B, [&](auto zero) {
     using T = decltype(zero);
     const float *of_columns = vector_of(d, rank, "lambda_d"), *of_rows = vector_of(b, rows, "lambda_b");
-    const T *m = data_of<const T>(M), *from = data_of<const T>(B);
+    const float* m = data_of<const float>(M);
+    const T* from = data_of<const T>(B);
     float* to_b = data_of<float>(grad_b);
     double* to_d = data_of<double>(of_parts);
     torch::stable::parallel_for(

@@ -99,11 +99,12 @@ void scale_matrix(
 
 template <class T>
 void contract(
-    const T* M, const T* B, const float* d, const float* b, int64_t first, int64_t last,
+    const float* M, const T* B, const float* d, const float* b, int64_t first, int64_t last,
     int64_t rank, float* grad_b, double* grad_d) {
   for (int64_t k = 0; k < rank; ++k) grad_d[k] = 0;
   for (int64_t i = first; i < last; ++i) {
-    const T *m = M + i * rank, *row = B + i * rank;
+    const float* m = M + i * rank;
+    const T* row = B + i * rank;
     const float scale = b[i];
     // sixteen sums, whatever the register, so that every CPU adds in the same order; in float64,
     // because terms of either sign may leave little
@@ -113,13 +114,13 @@ void contract(
     for (; k + lanes <= rank; k += lanes) {
 #pragma omp simd
       for (int lane = 0; lane < lanes; ++lane) {
-        const float both = wide(row[k + lane]) * wide(m[k + lane]);
+        const float both = wide(row[k + lane]) * m[k + lane];
         sums[lane] += static_cast<double>(both) * d[k + lane];
         grad_d[k + lane] += static_cast<double>(scale) * both;
       }
     }
     for (; k < rank; ++k) {
-      const float both = wide(row[k]) * wide(m[k]);
+      const float both = wide(row[k]) * m[k];
       sums[k % lanes] += static_cast<double>(both) * d[k];
       grad_d[k] += static_cast<double>(scale) * both;
     }

@@ -32,7 +32,7 @@ struct VeraKernels {
       T* result);
   // of rows [first, last): (B ⊙ M) d, and the sum of b ⊙ (B ⊙ M)
   void (*contract)(
-      const T* M, const T* B, const float* d, const float* b, int64_t first, int64_t last,
+      const float* M, const T* B, const float* d, const float* b, int64_t first, int64_t last,
       int64_t rank, float* grad_b, double* grad_d);
   // rows [first, last) of x (rows, width), zero or times `scale`
   void (*drop)(

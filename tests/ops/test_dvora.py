@@ -108,8 +108,13 @@ def test_norms_are_computed_again_when_something_changed_and_never_otherwise(com
     weight.mul_(1.5)
     expect(5, 2)
     with torch.no_grad():
-        d.copy_(d)  # not looked at: it was written to
+        d.copy_(d.clone())
+    expect(5, 2)
+    d.data.mul_(2)  # PyTorch counts neither this nor what a fused optimizer does
     expect(6, 2)
+    run().sum().backward()
+    torch.optim.AdamW([d, b], lr=0.1, fused=True).step()
+    expect(7, 2)
 
 
 def test_the_gradient_of_a_magnitude_that_is_zero():
@@ -241,7 +246,7 @@ GIVEN = arguments((4, 5, 6, 3), torch.float32)
     [
         (7, torch.ones(5), r"magnitude: expected shape \(6,\), one for each output, got \(5,\)"),
         (7, torch.ones(6, device="meta"), r"magnitude: expected the device of x, cpu, got meta"),
-        (5, torch.ones(2, 3), r"adapter_ids: expected the adapter of each row"),
+        (5, torch.ones(2, 3), r"lambda_d: expected shape \(3,\), got \(2, 3\)"),
         (6, torch.ones(5), r"lambda_b: expected shape \(6,\)"),
         (3, torch.ones(3, 4), r"A: expected shape \(r, >= 5\) with r >= 1, got \(3, 4\)"),
         (3, torch.ones(3, 5).requires_grad_(), r"A: expected a frozen matrix"),
@@ -262,3 +267,42 @@ def test_a_cache_of_another_layer_is_refused():
         TypeError, match=r"dvora_linear: cache: expected DvoraNorms or None, got dict"
     ):
         fmkernels.dvora_linear(*GIVEN, cache={})
+
+
+def test_norms_of_an_evaluation_serve_a_training():
+    given = arguments((20, 6, 5, 3), torch.float32)
+    cache = fmkernels.DvoraNorms(given[1], given[3], given[4])
+    with torch.inference_mode():
+        y = fmkernels.dvora_linear(*given, cache=cache)
+    again = fmkernels.dvora_linear(*given, cache=cache)
+    again.sum().backward()
+    torch.testing.assert_close(again.detach(), y.clone())
+    with torch.inference_mode():
+        made_there = [x if x is None else x.detach().clone() for x in given]
+        cache = fmkernels.DvoraNorms(made_there[1], made_there[3], made_there[4])
+        torch.testing.assert_close(fmkernels.dvora_linear(*made_there, cache=cache), y)
+
+
+def test_under_torch_func():
+    x, weight, bias, A, B, d, b, magnitude = arguments((20, 6, 5, 3))
+    cache = fmkernels.DvoraNorms(weight, A, B)
+
+    def loss(d):
+        return fmkernels.dvora_linear(x, weight, bias, A, B, d, b, magnitude, cache=cache).sum()
+
+    found = torch.func.grad(loss)(d.detach())
+    torch.testing.assert_close(found, torch.autograd.grad(loss(d), d)[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda w, A, B: fmkernels.DvoraNorms(w, A[:, :3], B), ValueError, r"A: expected shape \(r, >= 5\)"),
+        (lambda w, A, B: fmkernels.DvoraNorms(w, A, B[:, :2]), ValueError, r"B: expected 3 columns"),
+        (lambda w, A, B: fmkernels.DvoraNorms(w.int(), A, B), TypeError, r"x: expected a floating-point"),
+        (lambda w, A, B: fmkernels.DvoraNorms(w, A, B)(torch.ones(4), torch.ones(6)), ValueError, r"lambda_d: expected shape \(3,\), got \(4,\)"),
+    ],
+)  # fmt: skip
+def test_refusals_of_norms(make, error, message):
+    with pytest.raises(error, match=f"DvoraNorms: {message}"):
+        make(GIVEN[1], GIVEN[3], GIVEN[4])

@@ -111,7 +111,7 @@ def _check(
     magnitude: Tensor,
 ) -> bool:  # fmt: skip
     check_layer(NAME, x, weight, A, B)
-    check_vectors(NAME, lambda_d, lambda_b, A.shape[0], weight.shape[0], x, several=False)
+    check_vectors(NAME, lambda_d, lambda_b, A.shape[0], weight.shape[0], x, None)
     _checks.floating_tensor(NAME, "magnitude", magnitude)
     _checks.same_device(NAME, "magnitude", magnitude, "x", x)
     if _checks.shape(magnitude) != (weight.shape[0],):

@@ -11,21 +11,24 @@ smaller of r and m is taken.
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from fmkernels._autocast import product_dtype, without_autocast
-
-T = TypeVar("T")
+from fmkernels.ops.vera_expand import check_vectors
+from fmkernels.ops.vera_linear import check_layer
 
 
 class DvoraNorms:
     """The row norms of a layer's adapted weight, computed again only when something changed.
 
-    In compiled code they are computed in each call, and the matrices count as constants.
+    A change of the vectors is found by comparing them, so on a GPU the host waits for it; one of
+    the matrices by PyTorch's count of changes, which misses those through ``.data``. In code that is
+    compiled, and under ``torch.func``, the norms are computed in each call, from the matrices as
+    they were at the last call outside of it, or when this object was made.
 
     Args:
         weight: W0, (n, m).
@@ -42,38 +45,50 @@ class DvoraNorms:
     """
 
     def __init__(self, weight: Tensor, A: Tensor, B: Tensor) -> None:
+        check_layer("DvoraNorms", weight, weight, A, B)
         self.matrices = (weight, A, B)
-        self._constants = _Made(constants(*self.matrices), *self.matrices)
-        self._norms: _Made[Tensor] | None = None
+        self._constants = constants(*self.matrices)
+        self._states = tuple(map(_state, self.matrices))
+        self._norms: _Norms | None = None
 
     def __call__(self, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
         """(r), (n) -> ν (n), in float32 (float64 for float64), without a gradient."""
-        if is_compiling():  # whether something changed cannot be traced
-            return row_norms(self._constants.value, lambda_d, lambda_b)
-        if self._constants.is_stale(*self.matrices):
-            self._constants = _Made(constants(*self.matrices), *self.matrices)
+        weight, A, _ = self.matrices
+        check_vectors("DvoraNorms", lambda_d, lambda_b, A.shape[0], weight.shape[0], weight, None)
+        if is_compiling() or torch._C._are_functorch_transforms_active():
+            return row_norms(self._constants, lambda_d, lambda_b)  # values cannot be looked at
+        states = tuple(map(_state, self.matrices))
+        if states != self._states:
+            self._constants, self._states = constants(*self.matrices), states
             self._norms = None
-        if self._norms is None or self._norms.is_stale(lambda_d, lambda_b):
-            found = row_norms(self._constants.value, lambda_d, lambda_b)
-            self._norms = _Made(found, lambda_d, lambda_b)
-        return self._norms.value
+        if self._norms is None or not self._norms.are_of(lambda_d, lambda_b):
+            self._norms = _Norms(self._constants, lambda_d, lambda_b)
+        return self._norms.values
 
 
-class _Made(Generic[T]):
-    """A value, and the tensors that it was made of; they live as long: none takes their place."""
+class _Norms:
+    """Norms, and copies of the vectors that they were made of: r + n numbers.
 
-    def __init__(self, value: T, *tensors: Tensor) -> None:
-        self.value, self.tensors = value, tensors
-        self.states = tuple(map(_state, tensors))
+    PyTorch's own count of changes misses those of fused optimizers and those through ``.data``.
+    """
 
-    def is_stale(self, *tensors: Tensor) -> bool:
-        same = all(a is b for a, b in zip(tensors, self.tensors, strict=True))
-        return not same or tuple(map(_state, tensors)) != self.states
+    def __init__(self, constants: Constants, lambda_d: Tensor, lambda_b: Tensor) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.vectors = lambda_d.detach().clone(), lambda_b.detach().clone()
+            self.values = row_norms(constants, *self.vectors)
+
+    def are_of(self, lambda_d: Tensor, lambda_b: Tensor) -> bool:
+        pairs = zip(self.vectors, (lambda_d, lambda_b), strict=True)
+        return all(
+            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b.detach())
+            for a, b in pairs
+        )
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """How often it was changed; and where it lies, for ``tensor.data = …`` changes no more."""
-    return tensor._version, tensor.data_ptr()
+    """How often a matrix was changed; and where it lies, as ``tensor.data = …`` changes no more."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr()
 
 
 class Constants(NamedTuple):
@@ -94,7 +109,7 @@ class Constants(NamedTuple):
 def constants(weight: Tensor, A: Tensor, B: Tensor) -> Constants:
     """(n, m), (r, ≥ m), (≥ n, r)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad(), without_autocast(weight):
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(weight):
         weight, B = weight.to(dtype), B[: len(weight)].to(dtype)
         A = A[:, : weight.shape[1]].to(dtype)
         narrow = A.shape[0] < A.shape[1]

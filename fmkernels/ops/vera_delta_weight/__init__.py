@@ -46,8 +46,12 @@ def vera_delta_weight(A: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor) 
     _checks.floating_tensor(NAME, "lambda_b", lambda_b)
     check_shared(NAME, "A", A, A, A.shape[-1], dim=1)
     check_shared(NAME, "B", B, A, lambda_b.shape[-1], dim=0)
-    check_vectors(NAME, lambda_d, lambda_b, A.shape[0], lambda_b.shape[-1], A, several=False)
+    if B.shape[1] != A.shape[0]:
+        raise ValueError(
+            f"{NAME}: B: expected {A.shape[0]} columns, the rank of A, got {B.shape[1]}"
+        )
+    check_vectors(NAME, lambda_d, lambda_b, A.shape[0], lambda_b.shape[-1], A, None)
     wide = torch.promote_types(A.dtype, torch.float32)
     with without_autocast(A):
-        left = lambda_b.to(wide).unsqueeze(1) * B[: len(lambda_b)] * lambda_d.to(wide)
+        left = lambda_b.to(wide).unsqueeze(1) * B[: len(lambda_b)].to(wide) * lambda_d.to(wide)
         return (left @ A.to(wide)).to(A.dtype)

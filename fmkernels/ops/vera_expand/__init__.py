@@ -86,16 +86,19 @@ def vera_expand(
 
 
 def check_vectors(
-    op: str, lambda_d: Any, lambda_b: Any, rank: int, width: int, x: Tensor, several: bool
+    op: str, lambda_d: Any, lambda_b: Any, rank: int, width: int, x: Tensor, several: bool | None
 ) -> int:
-    """The vectors of one adapter, or of ``several`` with ids; how many there are."""
+    """The vectors of one adapter, or of ``several`` with ids; how many there are.
+
+    None: the op has no ids.
+    """
     for name, value, size in (("lambda_d", lambda_d, rank), ("lambda_b", lambda_b, width)):
         _checks.floating_tensor(op, name, value)
         _checks.same_device(op, name, value, "the input", x)
-        if value.shape[-1] != size or value.ndim > 2:
+        if value.shape[-1] != size or value.ndim > (1 if several is None else 2) or not len(value):
+            many = "" if several is None else f", or (N, {size}) for N >= 1 adapters"
             raise ValueError(
-                f"{op}: {name}: expected shape ({size},), or (N, {size}) for N adapters, "
-                f"got {_checks.shape(value)}"
+                f"{op}: {name}: expected shape ({size},){many}, got {_checks.shape(value)}"
             )
         if value.ndim == 2 and not several:
             raise ValueError(
@@ -115,8 +118,8 @@ def check_ids(op: str, ids: Any, leading: tuple[int, ...], count: int, x: Tensor
     """Integers from −1 to ``count`` − 1, one for every row; on a GPU without waiting for it."""
     if not isinstance(ids, Tensor):
         raise _checks.no_tensor(op, "adapter_ids", ids)
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"{op}: adapter_ids: expected integers, got {ids.dtype}")
+    if ids.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"{op}: adapter_ids: expected integers with a sign, got {ids.dtype}")
     _checks.same_device(op, "adapter_ids", ids, "the input", x)
     if _checks.shape(ids) != leading:
         raise ValueError(

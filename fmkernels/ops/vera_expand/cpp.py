@@ -6,10 +6,12 @@ takes all others, and bfloat16 beside float32.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from fmkernels._library import native_function
+from fmkernels._library import native, native_function
 from fmkernels.ops.vera_expand import reference
 
 _scale_rows = native_function(
@@ -26,7 +28,33 @@ _contract = native_function(
     "vera_contract", "(Tensor M, Tensor B, Tensor d, Tensor b) -> (Tensor, Tensor)"
 )
 
+_sum_of_outer = native_function("vera_sum_of_outer", "(Tensor g, Tensor u) -> Tensor")
+_product_of_rows = native_function("vera_product_of_rows", "(Tensor s, Tensor a) -> Tensor")
+
 TAKEN = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the extension has a product of bfloat16 with sums in float32 for this CPU."""
+    supported = torch.cpu._is_avx512_bf16_supported()
+    return supported and native is not None and native.cpu_isa() == "avx512"
+
+
+def sum_of_outer(grad: Tensor, u: Tensor) -> Tensor:
+    """Gᵀ U (n, r) in float32, for a dtype in TAKEN."""
+    if grad.dtype == torch.bfloat16 and multiplies_bfloat16():
+        found: Tensor = _sum_of_outer(grad.contiguous(), u.contiguous())
+        return found
+    return reference.sum_of_outer(grad, u)
+
+
+def product_of_rows(S: Tensor, A: Tensor) -> Tensor:
+    """S Aᵀ (n, r) in float32, of S (n, m) in float32 and A (r, m) of a dtype in TAKEN."""
+    if A.dtype == torch.bfloat16 and multiplies_bfloat16():
+        found: Tensor = _product_of_rows(S.contiguous(), A.contiguous())
+        return found
+    return S @ A.mT.to(S.dtype)
 
 
 def vera_expand(
@@ -86,7 +114,7 @@ def vera_expand_backward(
         if of_u:
             grad_u = grad @ _scale_matrix(own_B, d, b)
         if of_vectors:
-            grad_d, grad_b = contract(grad.mT @ u, own_B, lambda_d, lambda_b)
+            grad_d, grad_b = contract(sum_of_outer(grad, u), own_B, lambda_d, lambda_b)
         return grad_u, grad_d, grad_b
     grad_v = _scale_rows(grad, b, ids) @ own_B
     if of_u:
@@ -105,7 +133,7 @@ def scaled_matrix(B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
 
 
 def contract(M: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of d (1, r) and b (1, n) from M = Gᵀ U (n, r)."""
+    """Gradients of d (1, r) and b (1, n) from M = Gᵀ U (n, r) in float32."""
     d, b = lambda_d.float().contiguous(), lambda_b.float().contiguous()
     grad_d, grad_b = _contract(M.contiguous(), B, d, b)
     return (

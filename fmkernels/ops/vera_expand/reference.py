@@ -10,6 +10,8 @@ tensor of T rows is scaled. Backward, for the gradient G at Y,
     dU = G B',      M = Gᵀ U (n, r),      grad_d = Σ_n b ⊙ (B ⊙ M),      grad_b = (B ⊙ M) d
 
 because grad_b_i = Σ_t G_ti Z_ti = Σ_k B_ik d_k Σ_t G_ti U_tk. So Z is neither kept nor made again.
+M stays in float32 whatever the dtype of G and U: where these have a mean M is much larger than what
+random signs leave of it.
 
 **Vector form.** To make B' takes as long as to scale n r / (n + r) rows: for fewer rows, as in
 decoding, and wherever each row has an adapter a_t of its own, the rows are scaled,
@@ -79,7 +81,7 @@ def vera_expand_backward(
         if of_u:
             grad_u = grad @ scaled_matrix(B, lambda_d[0], lambda_b[0])
         if of_vectors:
-            grad_d, grad_b = contract(grad.mT @ u, B, lambda_d, lambda_b)
+            grad_d, grad_b = contract(sum_of_outer(grad, u), B, lambda_d, lambda_b)
         return grad_u, grad_d, grad_b
     grad_v = scale_rows(grad, lambda_b, adapter_ids) @ B
     if of_u:
@@ -104,6 +106,14 @@ def contract(M: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> tuple[
     grad_d = lambda_b.double() @ both
     grad_b = both @ lambda_d[0].double()
     return grad_d.to(lambda_d.dtype), grad_b.unsqueeze(0).to(lambda_b.dtype)
+
+
+def sum_of_outer(grad: Tensor, u: Tensor) -> Tensor:
+    """Gᵀ U (n, r) in float32 (float64 for float64)."""
+    if grad.dtype in (torch.float16, torch.bfloat16) and grad.is_cuda:
+        return torch.mm(grad.mT, u, out_dtype=torch.float32)
+    wide = wider(grad.dtype)
+    return grad.mT.to(wide) @ u.to(wide)
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:

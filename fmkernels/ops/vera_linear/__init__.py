@@ -88,7 +88,8 @@ def vera_linear(
     """
     several = adapter_ids is not None
     count = _checks.once(_check, (several,), x, weight, A, B, lambda_d, lambda_b)
-    _check_rest(x, weight, bias, A, B, adapter_ids, count, dropout_p, merge)
+    _check_rest(x, weight, bias, A, B, adapter_ids, count, dropout_p)
+    _check_merge(merge, weight, bias, adapter_ids, training and dropout_p > 0)
     if seed is not None:
         seed = _checks.integer_below(NAME, "seed", seed, 63)
     x = lower_precision(x)
@@ -183,7 +184,7 @@ def _check(
 
 def _check_rest(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
-    adapter_ids: Tensor | None, count: int, dropout_p: float, merge: bool | None,
+    adapter_ids: Tensor | None, count: int, dropout_p: float,
 ) -> None:  # fmt: skip
     check_bias(NAME, bias, weight)
     check_frozen(NAME, "A", A)
@@ -193,8 +194,24 @@ def _check_rest(
     _checks.non_negative(NAME, "dropout_p", dropout_p)
     if dropout_p > 1:
         raise ValueError(f"{NAME}: dropout_p: expected a share from 0 to 1, got {dropout_p}")
-    if merge and adapter_ids is not None:
-        raise ValueError(f"{NAME}: merge: expected None or False with adapter_ids, got True")
+
+
+def _check_merge(
+    merge: Any, weight: Tensor, bias: Tensor | None, adapter_ids: Tensor | None, drops: bool
+) -> None:
+    """None or a truth value; True only where there is a dense form."""
+    if merge is None or merge is False:
+        return
+    if merge is not True:
+        raise TypeError(f"{NAME}: merge: expected None, True or False, got {merge!r}")
+    reasons = {
+        "adapter_ids": adapter_ids is not None,
+        "dropout": drops,
+        "a weight or bias that requires a gradient": _is_trained(weight, bias),
+    }
+    for what, holds in reasons.items():
+        if holds:
+            raise ValueError(f"{NAME}: merge: expected None or False with {what}, got True")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

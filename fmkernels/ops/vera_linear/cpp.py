@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fmkernels.ops.vera_expand.cpp import TAKEN, contract, scaled_matrix
+from fmkernels.ops.vera_expand.cpp import (
+    TAKEN,
+    contract,
+    product_of_rows,
+    scaled_matrix,
+    sum_of_outer,
+)
 from fmkernels.ops.vera_linear import reference
 
 
@@ -48,7 +54,8 @@ def vera_dense_backward(
     if of_x:
         grad_x = reference.gradient_of_x(grad, weight, update, merged)
     if of_vectors:
-        M = reference.through_the_input(grad, x, A)
+        own_A = A[:, : x.shape[1]].to(x.dtype)
+        M = product_of_rows(sum_of_outer(grad, x), own_A)
         own_B = B[: len(weight)].to(x.dtype).contiguous()
         grad_d, grad_b = contract(M, own_B, lambda_d, lambda_b)
     return grad_x, grad_d, grad_b

@@ -5,7 +5,7 @@
     apart     Y = X W0ᵀ + bias + X ΔWᵀ,     dX = G W0 + G ΔW
     merged    Y = X (W0 + ΔW)ᵀ + bias,      dX = G (W0 + ΔW)
 
-Backward needs X, and no U: with S = Gᵀ X (n, m) and M = S Aᵀ (n, r),
+Backward needs X, and no U: with S = Gᵀ X (n, m) and M = S Aᵀ (n, r), in float32 at least,
 
     grad_d = Σ_n b ⊙ (B ⊙ M),      grad_b = (B ⊙ M) d
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmkernels.ops.vera_expand.reference import contract, scaled_matrix
+from fmkernels.ops.vera_expand.reference import contract, scaled_matrix, sum_of_outer
 
 
 def vera_dense(
@@ -67,7 +67,7 @@ def vera_dense_backward(
     if of_x:
         grad_x = gradient_of_x(grad, weight, update, merged)
     if of_vectors:
-        M = through_the_input(grad, x, A)
+        M = product_of_rows(sum_of_outer(grad, x), A[:, : x.shape[1]])
         grad_d, grad_b = contract(M, B[: len(weight)].to(x.dtype), lambda_d, lambda_b)
     return grad_x, grad_d, grad_b
 
@@ -77,6 +77,6 @@ def gradient_of_x(grad: Tensor, weight: Tensor, update: Tensor, merged: bool) ->
     return grad @ update if merged else (grad @ weight).addmm_(grad, update)
 
 
-def through_the_input(grad: Tensor, x: Tensor, A: Tensor) -> Tensor:
-    """M = (Gᵀ X) Aᵀ (n, r)."""
-    return (grad.mT @ x) @ A[:, : x.shape[1]].to(x.dtype).mT
+def product_of_rows(S: Tensor, A: Tensor) -> Tensor:
+    """S Aᵀ (n, r) in S's dtype."""
+    return S @ A.mT.to(S.dtype)
