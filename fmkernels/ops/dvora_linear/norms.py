@@ -26,8 +26,8 @@ class DvoraNorms:
     """The row norms of a layer's adapted weight, computed again only when something changed.
 
     A change of the vectors is found by comparing them, so on a GPU the host waits for it; one of
-    the matrices by PyTorch's count of changes, which misses those through ``.data``. In code that is
-    compiled, and under ``torch.func``, the norms are computed in each call, from the matrices as
+    the matrices by PyTorch's count of changes, which misses those through ``.data``. In code that
+    is compiled, and under ``torch.func``, the norms are computed in each call, from the matrices as
     they were at the last call outside of it, or when this object was made.
 
     Args:
