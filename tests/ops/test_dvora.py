@@ -299,7 +299,7 @@ def test_under_torch_func():
     [
         (lambda w, A, B: fmkernels.DvoraNorms(w, A[:, :3], B), ValueError, r"A: expected shape \(r, >= 5\)"),
         (lambda w, A, B: fmkernels.DvoraNorms(w, A, B[:, :2]), ValueError, r"B: expected 3 columns"),
-        (lambda w, A, B: fmkernels.DvoraNorms(w.int(), A, B), TypeError, r"x: expected a floating-point"),
+        (lambda w, A, B: fmkernels.DvoraNorms(w.int(), A, B), TypeError, r"weight: expected a floating-point"),
         (lambda w, A, B: fmkernels.DvoraNorms(w, A, B)(torch.ones(4), torch.ones(6)), ValueError, r"lambda_d: expected shape \(3,\), got \(4,\)"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ from collections import Counter
 import hypothesis
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import strategies as st
 from vera_layers import (
     Layer,
@@ -489,6 +490,32 @@ def test_compile_gives_the_same(form, dynamic):
             torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("form", ["products", "dense", "adapters", "dropout", "halves"])
+def test_other_batches_and_seeds_are_no_new_graphs(form):
+    """After the second size: the limit of a compiled function is eight."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    several = 3 if form == "adapters" else None
+    problem = layer(60, 8, 9, 40 if form == "dense" else 4, several).to(torch.float32)
+
+    def run(x, ids, seed):
+        if form == "halves":
+            base = torch.nn.functional.linear(x, *problem[1:3])
+            return fmkernels.vera_expand(
+                base, fmkernels.vera_shrink(x, problem.A), *problem[5:], problem.B
+            )
+        settings = {"adapter_ids": ids} if several else {}
+        if form == "dropout":
+            settings = {"dropout_p": 0.5, "training": True, "seed": seed}
+        return fmkernels.vera_linear(x, *problem[1:], **settings)
+
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for tokens in range(30, 60, 3):
+        x, ids = problem.x[:tokens].detach(), torch.randint(-1, 3, (tokens,))
+        torch.testing.assert_close(compiled(x, ids, tokens), run(x, ids, tokens))
+    assert counter.frame_count <= 3
+
+
 @pytest.mark.parametrize("rank", [4, 40])
 def test_autocast(rank):
     """As in PyTorch's own layers: a float32 model computes in bfloat16, gradients in float32."""
@@ -740,10 +767,11 @@ IDS = torch.tensor([0, 1, -1, 0])
         ({"lambda_d": torch.zeros(4)}, ValueError, r"lambda_d: expected shape \(3,\), or \(N, 3\) for N >= 1 adapters, got \(4,\)"),
         ({"lambda_b": torch.zeros(5)}, ValueError, r"lambda_b: expected shape \(6,\)"),
         ({"lambda_b": torch.zeros(6).long()}, TypeError, r"lambda_b: expected a floating-point dtype"),
-        ({"lambda_d": MANY.lambda_d}, ValueError, r"adapter_ids: expected the adapter of each row, because lambda_d has those of 2, got None"),
+        ({"lambda_d": MANY.lambda_d}, ValueError, r"adapter_ids: expected the adapter of each row, because lambda_d holds 2, got None; for one adapter lambda_d has shape \(3,\)"),
         ({"bias": torch.zeros(5)}, ValueError, r"bias: expected shape \(6,\), got \(5,\)"),
         ({"weight": PROBLEM.weight.to("meta")}, ValueError, r"weight: expected the device of x, cpu, got meta"),
         ({"lambda_d": PROBLEM.lambda_d.to("meta")}, ValueError, r"lambda_d: expected the device of the input, cpu, got meta"),
+        ({"training": "yes"}, TypeError, r"training: expected True or False, got 'yes'"),
         ({"dropout_p": 1.5}, ValueError, r"dropout_p: expected a share from 0 to 1, got 1.5"),
         ({"dropout_p": -0.5}, ValueError, r"dropout_p: expected a finite number >= 0"),
         ({"seed": -1, "dropout_p": 0.5, "training": True}, ValueError, r"seed: expected an integer from 0 to 2\*\*63 - 1, got -1"),
@@ -776,7 +804,8 @@ def test_refusals_of_ids(ids, error, message):
 
 def test_more_refusals():
     with pytest.raises(
-        ValueError, match="lambda_b: expected as many adapters as lambda_d has, 2, got 3"
+        ValueError,
+        match=r"lambda_b: expected as many adapters as lambda_d \(2, 3\) holds, got shape \(3, 6\)",
     ):
         fmkernels.vera_linear(*MANY[:6], torch.zeros(3, 6), adapter_ids=IDS)
     with pytest.raises(

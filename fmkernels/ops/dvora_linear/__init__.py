@@ -77,7 +77,7 @@ def dvora_linear(
         >>> torch.allclose(y, 2 * x @ weight.mT, atol=1e-4)  # b is 0: the direction is W0's
         True
     """
-    _checks.once(_check, (), x, weight, A, B, lambda_d, lambda_b, magnitude)
+    _checks.at_call(_check, (), x, weight, A, B, lambda_d, lambda_b, magnitude)
     check_bias(NAME, bias, weight)
     check_frozen(NAME, "A", A)
     check_frozen(NAME, "B", B)
@@ -101,8 +101,8 @@ def _check_cache(cache: Any, weight: Tensor, A: Tensor, B: Tensor) -> None:
         raise TypeError(f"{NAME}: cache: expected DvoraNorms or None, got {type(cache).__name__}")
     if any(a is not b for a, b in zip(cache.matrices, (weight, A, B), strict=True)):
         raise ValueError(
-            f"{NAME}: cache: expected the norms of this weight, A and B, got those of others; "
-            "make it with DvoraNorms(weight, A, B)"
+            f"{NAME}: cache: expected the norms of this weight, A and B, got those of others (or "
+            "these were moved, cast or replaced); make a new one, DvoraNorms(weight, A, B)"
         )
 
 

@@ -3,10 +3,11 @@
 With ΔW = diag(b) B diag(d) A and everything but d and b frozen,
 
     ν_i² = ‖W0_i‖² + 2 b_i (C d)_i + b_i² q_i,
-    C = B ⊙ (W0 Aᵀ) (n, r),      q_i = ‖(B_i ⊙ d) A‖² = (B_i ⊙ d) A Aᵀ (B_i ⊙ d)ᵀ
+    C = B ⊙ (W0 Aᵀ) (n, r),      q_i = (B_i ⊙ d) A Aᵀ (B_i ⊙ d)ᵀ
 
-C, ‖W0_i‖² and the product A Aᵀ (r, r) are constants. Of the two forms of q the one through the
-smaller of r and m is taken.
+C, ‖W0_i‖² and A Aᵀ (r, r) are constants: n r² multiplications are left, of the 2 n m r + m r that a
+product with an identity matrix, as in PEFT's DoRA, takes to build ΔW. From r = m on, B ⊙ d times A
+is the smaller product, and W0 + ΔW is built of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fmkernels import _checks
 from fmkernels._autocast import product_dtype, without_autocast
 from fmkernels.ops.vera_expand import check_vectors
 from fmkernels.ops.vera_linear import check_layer
@@ -45,6 +47,7 @@ class DvoraNorms:
     """
 
     def __init__(self, weight: Tensor, A: Tensor, B: Tensor) -> None:
+        _checks.floating_tensor("DvoraNorms", "weight", weight)
         check_layer("DvoraNorms", weight, weight, A, B)
         self.matrices = (weight, A, B)
         self._constants = constants(*self.matrices)
@@ -91,19 +94,31 @@ def _state(tensor: Tensor) -> tuple[int, int]:
     return version, tensor.data_ptr()
 
 
-class Constants(NamedTuple):
-    """What does not depend on the vectors."""
+class Factored(NamedTuple):
+    """What does not depend on the vectors, where r < m."""
 
     B: Tensor
     """(n, r)"""
     C: Tensor
-    """(n, r)"""
+    """B ⊙ (W0 Aᵀ), (n, r)"""
     squares: Tensor
     """‖W0_i‖², (n)"""
     inner: Tensor
-    """A Aᵀ (r, r), or A (r, m)."""
-    by_inner_products: bool
-    """Whether it is the former."""
+    """A Aᵀ, (r, r)"""
+
+
+class Whole(NamedTuple):
+    """The matrices themselves, where they are no larger than what could be made of them."""
+
+    B: Tensor
+    """(n, r)"""
+    weight: Tensor
+    """(n, m)"""
+    A: Tensor
+    """(r, m)"""
+
+
+Constants = Factored | Whole
 
 
 def constants(weight: Tensor, A: Tensor, B: Tensor) -> Constants:
@@ -112,20 +127,25 @@ def constants(weight: Tensor, A: Tensor, B: Tensor) -> Constants:
     with torch.inference_mode(False), torch.no_grad(), without_autocast(weight):
         weight, B = weight.to(dtype), B[: len(weight)].to(dtype)
         A = A[:, : weight.shape[1]].to(dtype)
-        narrow = A.shape[0] < A.shape[1]
-        inner = _product(A, A.mT) if narrow else A
-        return Constants(B, B * _product(weight, A.mT), weight.square().sum(dim=1), inner, narrow)
+        if A.shape[0] >= A.shape[1]:
+            return Whole(B, weight, A)
+        squares = weight.square().sum(dim=1)
+        return Factored(B, B * _product(weight, A.mT), squares, _product(A, A.mT))
 
 
 def row_norms(constants: Constants, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
     """ν (n)."""
-    B, C, squares, inner, by_inner_products = constants
+    B = constants.B
     with torch.no_grad(), without_autocast(B):
         d, b = lambda_d.to(B.dtype).flatten(), lambda_b.to(B.dtype).flatten()
         scaled = B * d
-        product = _product(scaled, inner)
-        q = (product * (scaled if by_inner_products else product)).sum(dim=1)
-        return (squares + 2 * b * (C @ d) + b.square() * q).clamp(min=0).sqrt()
+        if isinstance(constants, Whole):
+            adapted = _product(scaled, constants.A).mul_(b.unsqueeze(1)).add_(constants.weight)
+            built: Tensor = torch.linalg.vector_norm(adapted, dim=1)
+            return built
+        q = (_product(scaled, constants.inner) * scaled).sum(dim=1)
+        squares = constants.squares + 2 * b * (constants.C @ d) + b.square() * q
+        return squares.clamp(min=0).sqrt()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def vera_dropout(x: Tensor, p: float, *, seed: int | None = None) -> Tensor:
     if seed is None:
         drawn = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
     else:
-        drawn = torch.tensor(seed, dtype=torch.int64, device=x.device)
+        drawn = torch.full((), seed, dtype=torch.int64, device=x.device)
     dropped: Tensor = VERA_DROPOUT(x.reshape(-1, x.shape[-1]), drawn, p)
     return dropped.reshape(x.shape)
 

@@ -65,7 +65,7 @@ def vera_expand(
         (True, True)
     """
     if adapter_ids is None:
-        _checks.once(_check, (), base, u, lambda_d, lambda_b, B)
+        _checks.at_call(_check, (), base, u, lambda_d, lambda_b, B)
     else:
         _check(base, u, lambda_d, lambda_b, B, adapter_ids)
     check_frozen(NAME, "B", B)
@@ -102,14 +102,14 @@ def check_vectors(
             )
         if value.ndim == 2 and not several:
             raise ValueError(
-                f"{op}: adapter_ids: expected the adapter of each row, because {name} has those of "
-                f"{value.shape[0]}, got None"
+                f"{op}: adapter_ids: expected the adapter of each row, because {name} holds "
+                f"{value.shape[0]}, got None; for one adapter {name} has shape ({size},)"
             )
     counts = [value.shape[0] if value.ndim == 2 else 1 for value in (lambda_d, lambda_b)]
     if counts[0] != counts[1]:
         raise ValueError(
-            f"{op}: lambda_b: expected as many adapters as lambda_d has, {counts[0]}, "
-            f"got {counts[1]}"
+            f"{op}: lambda_b: expected as many adapters as lambda_d {_checks.shape(lambda_d)} "
+            f"holds, got shape {_checks.shape(lambda_b)}"
         )
     return int(counts[0])
 
@@ -122,8 +122,13 @@ def check_ids(op: str, ids: Any, leading: tuple[int, ...], count: int, x: Tensor
         raise TypeError(f"{op}: adapter_ids: expected integers with a sign, got {ids.dtype}")
     _checks.same_device(op, "adapter_ids", ids, "the input", x)
     if _checks.shape(ids) != leading:
+        hint = ""
+        if ids.ndim < len(leading) and _checks.shape(ids) == leading[: ids.ndim]:
+            axes = ", None" * (len(leading) - ids.ndim)
+            hint = f"; for one per sequence use adapter_ids[...{axes}].expand{leading}"
         raise ValueError(
-            f"{op}: adapter_ids: expected one per row, shape {leading}, got {_checks.shape(ids)}"
+            f"{op}: adapter_ids: expected one per row, shape {leading}, "
+            f"got {_checks.shape(ids)}{hint}"
         )
     if is_compiling() or ids.is_meta or not ids.numel():
         return
@@ -147,9 +152,9 @@ def _check(
     _checks.floating_tensor(NAME, "u", u)
     _checks.same_device(NAME, "u", u, "base", base)
     if u.shape[:-1] != base.shape[:-1]:
-        leading = ", ".join(map(str, base.shape[:-1]))
+        leading = ", ".join([*map(str, base.shape[:-1]), "r"])
         raise ValueError(
-            f"{NAME}: u: expected shape ({leading}, r), the rows of base, got {_checks.shape(u)}"
+            f"{NAME}: u: expected shape ({leading}), the rows of base, got {_checks.shape(u)}"
         )
     check_shared(NAME, "B", B, base, base.shape[-1], dim=0)
     if B.shape[1] != u.shape[-1]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from fmkernels import _checks
@@ -48,15 +49,17 @@ def vera_linear(
 
     Args:
         x: (…, m), of any floating dtype and strides.
-        weight: W0, (n, m). If it or ``bias`` requires a gradient, it gets one.
+        weight: W0, (n, m), taken in x's dtype, as A and B are. If it or ``bias`` requires a
+            gradient, it gets one.
         bias: (n), or None.
         A: (r, ≥ m), frozen; the first m columns count.
         B: (≥ n, r), frozen; the first n rows count.
         lambda_d: d, (r), or (N, r) for several adapters; of any floating dtype.
         lambda_b: b, (n) or (N, n).
         adapter_ids: (…), integers from −1 (no adapter) to N − 1: that of every row of x.
-        dropout_p: the share of x's numbers that the adapter does not see, in training.
-        training: whether to drop any.
+        dropout_p: the share of x's numbers that the adapter does not see; the others are divided
+            by 1 − p.
+        training: whether to drop any: hand over ``module.training``.
         seed: which are dropped, from 0 to 2**63 − 1; drawn from PyTorch's generator if None.
         merge: whether W0 + ΔW may be formed in the weight's dtype, which over bfloat16 and float16
             rounds small updates away, as PEFT's merge does. By default only in float32 and float64.
@@ -87,10 +90,10 @@ def vera_linear(
         True
     """
     several = adapter_ids is not None
-    count = _checks.once(_check, (several,), x, weight, A, B, lambda_d, lambda_b)
-    _check_rest(x, weight, bias, A, B, adapter_ids, count, dropout_p)
+    count = _checks.at_call(_check, (several,), x, weight, A, B, lambda_d, lambda_b)
+    _check_rest(x, weight, bias, A, B, adapter_ids, count, dropout_p, training)
     _check_merge(merge, weight, bias, adapter_ids, training and dropout_p > 0)
-    if seed is not None:
+    if seed is not None and not (is_compiling() and isinstance(seed, int)):
         seed = _checks.integer_below(NAME, "seed", seed, 63)
     x = lower_precision(x)
     form = _form(x, weight, bias, A, lambda_d, adapter_ids, dropout_p if training else 0.0, merge)
@@ -184,13 +187,15 @@ def _check(
 
 def _check_rest(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
-    adapter_ids: Tensor | None, count: int, dropout_p: float,
+    adapter_ids: Tensor | None, count: int, dropout_p: float, training: Any,
 ) -> None:  # fmt: skip
     check_bias(NAME, bias, weight)
     check_frozen(NAME, "A", A)
     check_frozen(NAME, "B", B)
     if adapter_ids is not None:
         check_ids(NAME, adapter_ids, tuple(x.shape[:-1]), count, x)
+    if not isinstance(training, bool):
+        raise TypeError(f"{NAME}: training: expected True or False, got {training!r}")
     _checks.non_negative(NAME, "dropout_p", dropout_p)
     if dropout_p > 1:
         raise ValueError(f"{NAME}: dropout_p: expected a share from 0 to 1, got {dropout_p}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Literal
 
 Formulation = Literal["products", "apart", "merged"]
+DENSE: tuple[Formulation, ...] = ("apart", "merged")
 
 
 def multiplications(
@@ -45,7 +46,11 @@ def formulation(
             is dropped.
         merge: whether W0 + ΔW may be rounded to the base's dtype.
     """
+    best: Formulation = "products"
+    if not dense:
+        return best
     cost = multiplications(tokens, in_features, out_features, rank)
-    if not merge:
-        del cost["merged"]
-    return min(cost, key=lambda form: cost[form]) if dense else "products"
+    for form in DENSE if merge else DENSE[:1]:
+        if cost[form] < cost[best]:  # min() cannot be traced
+            best = form
+    return best

@@ -45,7 +45,7 @@ def vera_shrink(x: Tensor, A: Tensor) -> Tensor:
         >>> fmkernels.vera_shrink(x, A).shape
         torch.Size([2, 5, 4])
     """
-    _checks.once(_check, (), x, A)
+    _checks.at_call(_check, (), x, A)
     check_frozen(NAME, "A", A)
     x = lower_precision(x)
     u: Tensor = VERA_SHRINK(x.reshape(-1, x.shape[-1]), A)
