@@ -44,7 +44,7 @@ demo: $(SETUP) ## NeCo's loss, segmentation, search and FUNGI on real data, besi
 	$(BIN)/python -m fmkernels demo
 
 test: $(SETUP) $(PEERS)/ready ## all tests (some minutes)
-	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -q --durations=10 -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(SETUP) ## style and types
 	$(BIN)/ruff check .

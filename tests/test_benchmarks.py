@@ -177,7 +177,7 @@ def test_every_workload_of_the_sort_has_words_in_the_report():
 def test_workloads_have_one_name_each():
     import workloads
 
-    suites = (workloads.SORT, workloads.KNN, workloads.FUNGI)
+    suites = (workloads.SORT, workloads.KNN, workloads.FUNGI, workloads.VERA)
     assert len(workloads.WORKLOADS) == sum(map(len, suites))
 
 
