@@ -124,6 +124,7 @@ def test_backward_inside_autocast_of_a_forward_outside(form):
                 u = fmkernels.vera_shrink(problem.x, problem.A)
                 base = torch.nn.functional.linear(*problem[:3])
                 y = fmkernels.vera_expand(base, u, *problem[5:], problem.B)
+                leaves = problem[5:]  # PyTorch's own layer multiplies in bfloat16 there
             else:
                 y = fmkernels.vera_linear(*problem, **settings)
             expected = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
@@ -131,7 +132,7 @@ def test_backward_inside_autocast_of_a_forward_outside(form):
                 found = torch.autograd.grad(y.sum(), leaves)
         for a, e in zip(found, expected, strict=True):
             assert a.dtype == torch.float32
-            torch.testing.assert_close(a, e, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(a, e)
 
 
 def test_what_is_changed_between_forward_and_backward_is_refused():
