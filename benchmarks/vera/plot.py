@@ -13,11 +13,11 @@ PANELS = {"peft": "times less than PEFT", "peft-autocast": "times less than PEFT
 
 
 def plot(contents: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = plots.panels(len(PANELS), height=3.0)
+    figure, axes = plots.panels(len(PANELS), height=3.2)
     for axis, (measurement, words) in zip(axes, PANELS.items(), strict=True):
         measured = plots.measured(contents, names(), measurement)
         plots.bars(axis, contents, measured, measurement)
         axis.axvline(1, color="#222", linewidth=0.8)
-        axis.set_xlabel(f"what the adapter takes, {words}")
+        axis.set_xlabel(f"what the adapter takes,\n{words}")
     axes[0].legend(fontsize=7)
     plots.save(figure, path)
