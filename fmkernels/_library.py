@@ -266,17 +266,14 @@ class Op:
         only_first, on_reference = self.only_first, overload is self._reference.overload
 
         def backward_once(ctx: Any, *grads: Tensor | None) -> Any:
-            none = (None,) * len(ctx.needs_input_grad)
             if not torch.is_grad_enabled():
-                found = as_tuple(backward(ctx, on_reference, *grads))
+                found = backward(ctx, on_reference, *grads)
             else:
                 with torch.no_grad():
-                    found = as_tuple(backward(ctx, on_reference, *grads))
-                found = tuple(
-                    grad if grad is None else _Once.apply(self.name, grad, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-                    for grad in found
-                )
-            return found + none[len(found) :]
+                    found = backward(ctx, on_reference, *grads)
+                found = self._once(found, ctx.saved_tensors)
+            several = found if isinstance(found, tuple) else (found,)
+            return *several, *(None,) * (len(ctx.needs_input_grad) - len(several))
 
         # This is what torch.compile sees. In eager mode an autograd.Function does the same at a
         # quarter of the host time.
@@ -305,6 +302,12 @@ class Op:
             function.__name__ = function.__qualname__ = self.name
         # Function.apply binds its arguments through inspect.signature; that of its base does not
         return _Autograd(super(torch.autograd.Function, Eager).apply, Functional.apply)
+
+    def _once(self, found: Any, saved: tuple[Tensor, ...]) -> Any:
+        """The gradient, or several, such that another backward pass through them is refused."""
+        if isinstance(found, tuple):
+            return tuple(self._once(grad, saved) for grad in found)
+        return None if found is None else _Once.apply(self.name, found, *saved)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend that the dispatcher or ``fmkernels.backend`` chooses."""
@@ -416,11 +419,6 @@ def untouched_by_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
             return kernel(*args)
 
     return run
-
-
-def as_tuple(grads: Any) -> tuple[Tensor | None, ...]:
-    """One gradient, or several, as several."""
-    return grads if isinstance(grads, tuple) else (grads,)
 
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fmkernels._autocast import product_dtype, without_autocast
+from fmkernels._autocast import product_dtype
 from fmkernels.ops.project_gradients import philox
 from fmkernels.ops.project_gradients.khatri_rao import factor
 from fmkernels.ops.project_gradients.rademacher import dense_signs
@@ -55,26 +55,25 @@ def project_gradients(
     left: int = 0,
 ) -> Tensor:
     """(P, out), (P, in) -> (B, dim) float32; see ``fmkernels.ops.project_gradients.project``."""
-    with without_autocast(grad_output):
-        sample = sample_of_rows(grad_output, offsets, rows)
-        samples = len(offsets) - 1 if offsets is not None else len(grad_output) // rows
-        delta, delta_exponent = scaled(grad_output, sample, samples, at_least=0.0)
-        a, a_exponent = scaled(activation, sample, samples, at_least=float(bias))
-        one = torch.exp2(-a_exponent.to(a.dtype))[sample] if bias else None
-        result = a.new_zeros(samples, dim, dtype=torch.float64)
-        for start in range(0, len(delta), PAIRS):
-            part = slice(start, start + PAIRS)
-            pair = (delta[part], a[part], None if one is None else one[part])
-            if kind == "rademacher":
-                projected = _dense(*pair, signs, dim, seed, layer)
-            elif kind == "count_sketch":
-                projected = _count_sketch(*pair, dim, seed, layer, repeats)
-            else:
-                projected = _factored(*pair, dim, seed, layer, left)
-            result.index_add_(0, sample[part], projected.double())
-        exponent = (delta_exponent + a_exponent).clamp(-1000, 1000).double()
-        finite = torch.where(delta_exponent.maximum(a_exponent) == NOT_FINITE, torch.nan, 1.0)
-        return (result * (scale * finite * exponent.exp2()).unsqueeze(-1)).float()
+    sample = sample_of_rows(grad_output, offsets, rows)
+    samples = len(offsets) - 1 if offsets is not None else len(grad_output) // rows
+    delta, delta_exponent = scaled(grad_output, sample, samples, at_least=0.0)
+    a, a_exponent = scaled(activation, sample, samples, at_least=float(bias))
+    one = torch.exp2(-a_exponent.to(a.dtype))[sample] if bias else None
+    result = a.new_zeros(samples, dim, dtype=torch.float64)
+    for start in range(0, len(delta), PAIRS):
+        part = slice(start, start + PAIRS)
+        pair = (delta[part], a[part], None if one is None else one[part])
+        if kind == "rademacher":
+            projected = _dense(*pair, signs, dim, seed, layer)
+        elif kind == "count_sketch":
+            projected = _count_sketch(*pair, dim, seed, layer, repeats)
+        else:
+            projected = _factored(*pair, dim, seed, layer, left)
+        result.index_add_(0, sample[part], projected.double())
+    exponent = (delta_exponent + a_exponent).clamp(-1000, 1000).double()
+    finite = torch.where(delta_exponent.maximum(a_exponent) == NOT_FINITE, torch.nan, 1.0)
+    return (result * (scale * finite * exponent.exp2()).unsqueeze(-1)).float()
 
 
 NOT_FINITE = 2**20
