@@ -27,6 +27,8 @@ from .projection_head import ProjectionHead
 from .retrieval import rank_database, retrieval_map
 from .segmentation_metrics import ConfusionMatrix
 from .sharded import sharded_search
+from .vera_config import VeraConfig
+from .vera_model import VeraModel, get_vera_model
 
 __all__ = [
     "DINO",
@@ -55,9 +57,12 @@ __all__ = [
     "SimCLR",
     "SimCLRConfig",
     "TextViews",
+    "VeraConfig",
+    "VeraModel",
     "concatenate",
     "evaluate_features",
     "few_shot",
+    "get_vera_model",
     "intersection_boxes",
     "open_bank",
     "patch_label_counts",

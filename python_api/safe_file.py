@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -66,17 +67,8 @@ class SafeFile(NamedTuple):
         tables = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         sums = {_sum_of(name): checksum(table) for name, table in tables.items()}
         head = {"format": format_of(self.owner), **(words or {}), **sums}
-        unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            unfinished.touch(exist_ok=False)
-            mode = unfinished.stat().st_mode  # of a new file; safetensors lets only the owner read
+        with replacing(target) as (unfinished,):
             safetensors.save_file(tables, unfinished, metadata=head)
-            unfinished.chmod(mode)
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())  # or a crash could leave the new name on an empty file
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def read(
         self,
@@ -131,6 +123,29 @@ class SafeFile(NamedTuple):
             f"{self.owner}.load: path: expected a file that {self.owner}.save wrote, "
             f"got {os.fspath(path)}: {reason}"
         )
+
+
+@contextlib.contextmanager
+def replacing(*targets: Path) -> Iterator[list[Path]]:
+    """Other names in the same folder to write to; renamed, which is atomic, if nothing was raised.
+
+    So each target is what it was, or whole.
+    """
+    unfinished = [target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp") for target in targets]
+    try:
+        for path in unfinished:
+            path.touch(exist_ok=False)
+        modes = [path.stat().st_mode for path in unfinished]  # safetensors lets only the owner read
+        yield unfinished
+        for path, mode in zip(unfinished, modes, strict=True):
+            path.chmod(mode)
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())  # or a crash could leave the new name on an empty file
+        for path, target in zip(unfinished, targets, strict=True):
+            os.replace(path, target)
+    finally:
+        for path in unfinished:
+            path.unlink(missing_ok=True)
 
 
 def path_of(op: str, path: Any) -> Path:

@@ -1,0 +1,107 @@
+"""The layer under an adapter: any callable that is linear; what is known of it, and asked of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fmkernels._autocast import without_autocast
+
+PROBES = 1024
+"""Rows of the identity matrix that a base layer without a readable weight is asked for at once."""
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is (in, out); transformers need not be installed."""
+    return any(base.__name__ == "Conv1D" and hasattr(module, "nf") for base in type(module).__mro__)
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear layer of any kind, quantised ones too; None for another."""
+    if is_conv1d(module):
+        inputs, outputs = _weight(module).shape
+        return inputs, outputs
+    if isinstance(module, (nn.Bilinear, nn.Embedding, nn.EmbeddingBag)):
+        return None
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if all(isinstance(size, int) for size in sizes):
+        return sizes  # type: ignore[return-value]
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and not hasattr(module, "num_embeddings"):
+        return weight.shape[1], weight.shape[0]
+    return None
+
+
+def plain_weight(base: nn.Module) -> Tensor | None:
+    """W0 (n, m) where Y = X W0ᵀ + bias is all that the layer does; otherwise it must be called.
+
+    Hooks, a forward of its own (as offloading puts on), quantised and sharded weights are reasons.
+    """
+    if not hasattr(base, "weight"):
+        return None
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
+    if hooks or base._backward_pre_hooks or "forward" in base.__dict__:
+        return None
+    weight = _weight(base)
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.dtype.is_floating_point:
+        return None
+    if type(base).forward is nn.Linear.forward:
+        return weight
+    return weight.mT if is_conv1d(base) and type(base).__name__ == "Conv1D" else None
+
+
+def _weight(base: nn.Module) -> Tensor:
+    return base.weight  # type: ignore[return-value]
+
+
+def base_bias(base: nn.Module) -> Tensor | None:
+    """(n), or None."""
+    return getattr(base, "bias", None)
+
+
+def base_dtype(base: nn.Module) -> torch.dtype | None:
+    """The dtype of a weight that is held in a floating dtype."""
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype.is_floating_point and weight.element_size() > 1:
+        return weight.dtype
+    return None
+
+
+def base_device(base: nn.Module) -> torch.device:
+    """Where the layer is."""
+    tensors = [*base.parameters(), *base.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def dense_weight(base: nn.Module) -> Tensor:
+    """W0 (n, m), without a gradient, of any linear layer.
+
+    Of one without a readable weight, quantised ones among them, it is what the layer makes of an
+    identity matrix.
+    """
+    weight = plain_weight(base)
+    if weight is not None:
+        return weight.detach()
+    sizes = linear_sizes(base)
+    assert sizes is not None
+    device, dtype = base_device(base), base_dtype(base) or torch.float32
+    columns = []
+    training = base.training
+    base.eval()
+    try:
+        with torch.no_grad(), without_autocast(torch.empty(0, device=device)):
+            offset = base(torch.zeros(1, sizes[0], device=device, dtype=dtype))  # its bias
+            for start in range(0, sizes[0], PROBES):
+                rows = min(PROBES, sizes[0] - start)
+                probe = torch.zeros(rows, sizes[0], device=device, dtype=dtype)
+                probe[:, start : start + rows].fill_diagonal_(1)
+                columns.append(base(probe) - offset)
+    finally:
+        base.train(training)
+    return torch.cat(columns).mT.contiguous()
+
+
+def wide_weight(base: nn.Module) -> Tensor:
+    """W0 (n, m) in float32, or float64 if it is held in that."""
+    weight = dense_weight(base)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

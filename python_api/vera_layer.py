@@ -1,0 +1,240 @@
+"""A linear layer of any kind with VeRA and DVoRA adapters beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+import fmkernels
+from fmkernels import DvoraNorms
+from fmkernels._autocast import lower_precision
+from fmkernels.ops.vera_dropout import vera_dropout
+from fmkernels.ops.vera_linear.formulation import formulation
+
+from .vera_base import (
+    base_bias,
+    base_device,
+    dense_weight,
+    linear_sizes,
+    plain_weight,
+    wide_weight,
+)
+from .vera_state import AdapterState, Group
+
+
+class VeraLayer(nn.Module):
+    """Stands in a model in the place of a linear layer, which it holds.
+
+    Args:
+        base_layer: what is adapted.
+        state: that of the model.
+    """
+
+    def __init__(self, base_layer: nn.Module, state: AdapterState) -> None:
+        super().__init__()
+        sizes = linear_sizes(base_layer)
+        assert sizes is not None
+        self.in_features, self.out_features = sizes
+        self.base_layer = base_layer
+        self.lambda_d = nn.ParameterDict()
+        self.lambda_b = nn.ParameterDict()
+        self.magnitude = nn.ParameterDict()
+        self.state = state
+        self.shares_input = False
+        """Whether others may read the same input, as query, key and value do: then X Aᵀ is computed
+        once for all of them."""
+        self.merged: str | None = None
+        self._norms = _Norms()
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's; some models look at it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's."""
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(…, m) -> (…, n)."""
+        state = self.state
+        if state.rows is not None:
+            groups = state.rows.groups(self)
+            if groups:
+                return self._by_rows(x, groups, state.rows.count, args, kwargs)
+        elif state.active is not None and state.active in self.lambda_d and self.merged is None:
+            return self._by_one(x, state.active, args, kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
+
+    def _by_one(self, x: Tensor, name: str, args: Any, kwargs: Any) -> Tensor:
+        config, matrices = self.state.adapters[name]
+        A, B = matrices.for_input(x)
+        adapter = A, B, self.lambda_d[name], self.lambda_b[name]
+        dropout = config.vera_dropout if self.training else 0.0
+        weight = None if args or kwargs else plain_weight(self.base_layer)
+        if config.use_dora:
+            scale = self.dora_scale(name)
+            return self._scaled(x, weight, adapter, dropout, scale, args, kwargs)
+        if weight is not None and not self._takes_halves(x, weight, config.r, dropout):
+            bias = base_bias(self.base_layer)
+            return fmkernels.vera_linear(
+                x, weight, bias, *adapter, dropout_p=dropout, training=self.training
+            )
+        base = self._base(x, weight, args, kwargs)
+        return fmkernels.vera_expand(base, self._shrink(x, A, dropout), *_second_half(adapter))
+
+    def _takes_halves(self, x: Tensor, weight: Tensor, rank: int, dropout: float) -> bool:
+        """Whether to share X Aᵀ: not where it is not computed, or dropout makes it another."""
+        if not self.shares_input or dropout or is_compiling():
+            return False
+        merge = lower_precision(x).dtype in (torch.float32, torch.float64)
+        sizes = x.shape[:-1].numel(), self.in_features, self.out_features, rank
+        return formulation(*sizes, dense=not weight.requires_grad, merge=merge) == "products"
+
+    def _shrink(self, x: Tensor, A: Tensor, dropout: float) -> Tensor:
+        if dropout:
+            return fmkernels.vera_shrink(vera_dropout(x, dropout), A)
+        return self.state.shared_input.shrink(self, x, A)
+
+    def _base(
+        self, x: Tensor, weight: Tensor | None, args: Any = (), kwargs: Any = None,
+        with_bias: bool = True,
+    ) -> Tensor:  # fmt: skip
+        bias = base_bias(self.base_layer)
+        if weight is not None:
+            own = None if bias is None or not with_bias else bias.to(x.dtype)
+            return F.linear(x, weight.to(x.dtype), own)
+        y: Tensor = self.base_layer(x, *args, **(kwargs or {}))
+        return y if with_bias or bias is None else y - bias
+
+    def _scaled(
+        self, x: Tensor, weight: Tensor | None, adapter: tuple[Tensor, ...], dropout: float,
+        scale: Tensor, args: Any, kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """DVoRA: scale ⊙ (X W0ᵀ + update) + bias."""
+        base = self._base(x, weight, args, kwargs, with_bias=False)
+        u = self._shrink(x, adapter[0], dropout)
+        return self._magnified(fmkernels.vera_expand(base, u, *_second_half(adapter)), scale)
+
+    def _magnified(self, before: Tensor, scale: Tensor) -> Tensor:
+        bias = base_bias(self.base_layer)
+        after = before * scale
+        return (after if bias is None else after + bias).to(before.dtype)
+
+    def _by_rows(
+        self, x: Tensor, groups: list[Group], count: int, args: Any, kwargs: Any
+    ) -> Tensor:
+        weight = None if args or kwargs else plain_weight(self.base_layer)
+        dora = any(group.scale is not None for group in groups)
+        y = before = self._base(x, weight, args, kwargs, with_bias=not dora)
+        bias = base_bias(self.base_layer)
+        if dora and bias is not None:
+            y = (before + bias).to(before.dtype)
+        for group in groups:
+            A, B = group.matrices.for_input(x)
+            ids = self._of_tokens(group.ids, count, x)
+            u = self._shrink(x, A, group.dropout)
+            vectors = group.lambda_d, group.lambda_b, B
+            if group.scale is None:
+                y = fmkernels.vera_expand(y, u, *vectors, adapter_ids=ids)
+            else:
+                expanded = fmkernels.vera_expand(before, u, *vectors, adapter_ids=ids)
+                scaled = self._magnified(expanded, group.scale[ids.clamp(min=0)])
+                y = torch.where((ids >= 0).unsqueeze(-1), scaled, y)
+        return y
+
+    def _of_tokens(self, ids: Tensor, count: int, x: Tensor) -> Tensor:
+        """(batch) -> (…), those of all rows of x; beams of one sequence lie side by side."""
+        if x.ndim < 2 or x.shape[0] % count:
+            raise ValueError(
+                f"VeraModel: adapter_names: expected a batch of {count} rows (or of several for "
+                f"each) first in the input of every layer, got shape {tuple(x.shape)}"
+            )
+        ids = ids.to(x.device).repeat_interleave(x.shape[0] // count)
+        return ids.view(-1, *[1] * (x.ndim - 2)).expand(x.shape[:-1])
+
+    def dora_scale(self, name: str) -> Tensor:
+        """magnitude / ‖rows of W0 + ΔW‖, (n), the norms without a gradient."""
+        magnitude = self.magnitude[name]
+        return magnitude / self._norms.of(self, name).to(magnitude.dtype)
+
+    def start(self, name: str, vectors: dict[str, Tensor]) -> None:
+        """Give the layer an adapter's vectors: lambda_d, lambda_b, and magnitude if it has one."""
+        for key, value in vectors.items():
+            device = base_device(self.base_layer)
+            getattr(self, key)[name] = nn.Parameter(value.detach().to(device, copy=True))
+
+    def vectors(self, name: str) -> dict[str, nn.Parameter]:
+        """Those of an adapter, by their names."""
+        keys = ("lambda_d", "lambda_b", "magnitude")
+        return {key: getattr(self, key)[name] for key in keys if name in getattr(self, key)}
+
+    def remove(self, name: str) -> dict[str, nn.Parameter]:
+        """Take an adapter away; what it was."""
+        vectors = self.vectors(name)
+        for key in vectors:
+            del getattr(self, key)[name]
+        self._norms.forget(name)
+        return vectors
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Call an adapter otherwise."""
+        for key, vector in self.remove(name).items():
+            getattr(self, key)[new_name] = vector
+
+    def delta_weight(self, name: str) -> Tensor:
+        """ΔW (n, m) of VeRA, in float32 (float64 for a base in float64), without a gradient."""
+        wide = wide_weight(self.base_layer)
+        A, B = self.state.adapters[name].matrices.on(wide.device, wide.dtype)
+        d, b = self.lambda_d[name].detach(), self.lambda_b[name].detach()
+        return fmkernels.vera_delta_weight(A[:, : self.in_features], B, d, b)
+
+    def adapted_weight(self, name: str) -> Tensor:
+        """(n, m), in float32 (float64): W0 + ΔW, or for DVoRA its rows scaled to the magnitude."""
+        adapted = wide_weight(self.base_layer) + self.delta_weight(name)
+        if name in self.magnitude:
+            scale = self.magnitude[name].detach().to(adapted) / adapted.norm(dim=1)
+            adapted *= scale.unsqueeze(1)
+        return adapted
+
+    def extra_repr(self) -> str:
+        """Sizes, and the names of the adapters."""
+        names = ", ".join(self.lambda_d) or "none"
+        return f"{self.in_features} -> {self.out_features}, adapters: {names}"
+
+
+class _Norms:
+    """The norms of every adapter, computed when its vectors changed; never saved or copied."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[Any, DvoraNorms]] = {}
+
+    def of(self, layer: VeraLayer, name: str) -> Tensor:
+        A, B = layer.state.adapters[name].matrices.on(layer.lambda_b[name].device)
+        weight = plain_weight(layer.base_layer)
+        # of a weight that is read through a view, such as Conv1D's, where it lies says whether
+        # another has taken its place
+        key = A, B, layer.base_layer if weight is None else weight.data_ptr()
+        held = self._of.get(name)
+        if held is None or held[0][0] is not A or held[0][1] is not B or held[0][2] != key[2]:
+            held = key, DvoraNorms(dense_weight(layer.base_layer), A, B)
+            if not is_compiling():
+                self._of[name] = held
+        return held[1](layer.lambda_d[name], layer.lambda_b[name])
+
+    def forget(self, name: str) -> None:
+        self._of.pop(name, None)
+
+    def __reduce__(self) -> Any:
+        return _Norms, ()
+
+
+def _second_half(adapter: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    _, B, lambda_d, lambda_b = adapter
+    return lambda_d, lambda_b, B
