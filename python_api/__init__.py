@@ -1,5 +1,6 @@
 """The papers' building blocks on top of the ops: modules, losses, extractors, evaluators."""
 
+from .adapter_pool import AdapterPool, UnknownAdapterError
 from .bank_file import BankFile, open_bank
 from .crops import intersection_boxes
 from .diffsort import DiffSortNet
@@ -29,10 +30,12 @@ from .segmentation_metrics import ConfusionMatrix
 from .sharded import sharded_search
 from .vera_config import VeraConfig
 from .vera_model import VeraModel, get_vera_model
+from .vera_peft import accelerate_peft
 
 __all__ = [
     "DINO",
     "KL",
+    "AdapterPool",
     "BankFile",
     "ConfusionMatrix",
     "CustomViews",
@@ -57,8 +60,10 @@ __all__ = [
     "SimCLR",
     "SimCLRConfig",
     "TextViews",
+    "UnknownAdapterError",
     "VeraConfig",
     "VeraModel",
+    "accelerate_peft",
     "concatenate",
     "evaluate_features",
     "few_shot",

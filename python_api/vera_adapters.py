@@ -142,18 +142,9 @@ class AdapterSet:
         """Put a new adapter in; all that may fail has been done before."""
         if not self.state.adapters:
             self.model.requires_grad_(False)
-        if not any(new.matrices is pair for pair in self.pairs()):
-            number = next(i for i in range(len(self.shared) + 1) if f"pair{i}" not in self.shared)
-            self.shared[f"pair{number}"] = new.matrices
+        self.share(new.matrices)
         self.state.adapters[name] = Adapter(new.config, new.matrices)
-        sharers = input_sharers(new.targets)
-        for path, target in new.targets.items():
-            layer = target
-            if not isinstance(layer, VeraLayer):
-                layer = VeraLayer(target, self.state)
-                layer.train(target.training)
-                self.replace(path, layer)
-            layer.shares_input |= path in sharers
+        for path, layer in self.adapt(new.targets).items():
             layer.start(name, new.tensors.vectors[path])
         for path, module in new.saved.items():
             current = self.model.get_submodule(path)
@@ -170,6 +161,25 @@ class AdapterSet:
             parameter.requires_grad_(is_trainable)
         if self.state.active is None:
             self.state.active = name
+
+    def adapt(self, targets: Mapping[str, nn.Module]) -> dict[str, VeraLayer]:
+        """Put a layer that takes adapters in the place of each that is none yet."""
+        sharers, layers = input_sharers(targets), {}
+        for path, target in targets.items():
+            layer = target
+            if not isinstance(layer, VeraLayer):
+                layer = VeraLayer(target, self.state)
+                layer.train(target.training)
+                self.replace(path, layer)
+            layer.shares_input |= path in sharers
+            layers[path] = layer
+        return layers
+
+    def share(self, matrices: SharedMatrices) -> None:
+        """Register a pair of matrices, if it is not yet."""
+        if not any(matrices is pair for pair in self.pairs()):
+            number = next(i for i in range(len(self.shared) + 1) if f"pair{i}" not in self.shared)
+            self.shared[f"pair{number}"] = matrices
 
     def remove(self, name: str) -> None:
         """Take an adapter out, and the matrices that no other has."""

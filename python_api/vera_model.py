@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree
 
 from .vera_adapters import AdapterSet, NewAdapter
 from .vera_backward import remember
@@ -24,8 +23,8 @@ from .vera_lora import lora_adapter
 from .vera_merge import MergedAdapter
 from .vera_signature import class_for
 from .vera_start import is_drawn, new_vectors, own_config
-from .vera_state import BASE, NamedRows
-from .vera_targets import has_module, largest_sizes
+from .vera_state import BASE, NamedRows, check_names
+from .vera_targets import largest_sizes, with_head, with_present_names
 
 OP = "VeraModel"
 
@@ -147,19 +146,12 @@ class VeraModel(nn.Module):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _rows(self, op: str, names: Sequence[str], inputs: Any) -> NamedRows:
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not names:
-            raise TypeError(f"{op}: adapter_names: expected a name for every row, got {names!r}")
+        check_names(op, names, inputs)
         self._check_unmerged(op)
         for name in dict.fromkeys(names):
             if name != BASE:
                 self._adapters.check_known(op, "adapter_names", name)
-        tensors = [x for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim]
-        if tensors and all(x.shape[0] != len(names) for x in tensors):
-            raise ValueError(
-                f"{op}: adapter_names: expected a name for every row, {tensors[0].shape[0]} of "
-                f"them, got {len(names)}"
-            )
-        device = next(pair.A.device for pair in self._adapters.pairs())
+        device = next((pair.A.device for pair in self._adapters.pairs()), torch.device("cpu"))
         return NamedRows(names, self._adapters.state, device)
 
     @contextlib.contextmanager
@@ -197,7 +189,7 @@ class VeraModel(nn.Module):
                 changed.
         """
         op = f"{OP}.add_adapter"
-        config = own_config(op, config)
+        config = with_head(self.model, own_config(op, config))
         self._check_unmerged(op)
         targets, saved = self._adapters.places(op, adapter_name, config)
         matrices = self._adapters.matrices(config, targets)
@@ -220,9 +212,7 @@ class VeraModel(nn.Module):
         op = f"{OP}.load_adapter"
         self._check_unmerged(op)
         config, held = read_adapter(op, path)
-        # PEFT lists names that a classifier might have; what the model lacks it passes over
-        present = [n for n in config.modules_to_save or [] if has_module(self.model, n)]
-        config = dataclasses.replace(config, modules_to_save=present or None)
+        config = with_present_names(self.model, config)
         targets, saved = self._adapters.places(op, adapter_name, config)
         largest = largest_sizes(targets)
         tensors = sorted_tensors(op, str(path), self.model, config, targets, saved, largest, held)

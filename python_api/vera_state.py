@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from .vera_config import VeraConfig
 from .vera_shared import SharedInput, SharedMatrices
@@ -79,6 +80,19 @@ class AdapterState:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "rows": None}
+
+
+def check_names(op: str, names: Any, inputs: Any) -> None:
+    """Refuse what is no list of a name for every row of the inputs, where there are inputs."""
+    is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names)
+    if not is_list or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{op}: adapter_names: expected a name for every row, got {names!r}")
+    tensors = [x for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim]
+    if tensors and all(x.shape[0] != len(names) for x in tensors):
+        raise ValueError(
+            f"{op}: adapter_names: expected a name for every row, {tensors[0].shape[0]} of them, "
+            f"got {len(names)}"
+        )
 
 
 class NamedRows:

@@ -84,11 +84,14 @@ class Norms(Workload):
         return {}
 
     def operations(self) -> int:
-        return 2 * self.out * self.rank * (min(self.rank, self.into) + 1)
+        inner = min(self.rank, self.into)
+        triangle = inner * (2 * self.rank - inner + 1)
+        return self.out * (triangle + 2 * self.rank + 2 * inner)
 
     def bytes_moved(self) -> int:
         inner = min(self.rank, self.into)
-        return 4 * self.rank * (2 * self.out + inner)
+        triangle = inner * (2 * self.rank - inner + 1) // 2
+        return 4 * (self.out * (self.rank + inner) + triangle)
 
     def tiny(self) -> Norms:
         return replace(self, into=6, out=5, rank=4)

@@ -48,7 +48,18 @@ def test_parity_with_dora_over_vera(dtype):
                     assert_parity(a.to(dtype), same.to(dtype), right, name=where)
 
 
-@pytest.mark.parametrize(("out", "into", "rank"), [(9, 30, 5), (30, 8, 8), (12, 8, 20), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("out", "into", "rank"),
+    [
+        (9, 30, 5),
+        (30, 8, 8),
+        (12, 8, 20),
+        (1, 1, 1),
+        (40, 300, 200),
+        (20, 300, 300),
+        (20, 150, 333),
+    ],
+)
 def test_norms_are_those_of_the_built_matrix(out, into, rank):
     problem = layer(0, into, out, rank)
     built = problem.weight + fmkernels.vera_delta_weight(problem.A[:, :into], *problem[4:])
@@ -61,8 +72,41 @@ def test_norms_are_those_of_the_built_matrix(out, into, rank):
     wide = narrow.to(torch.float64)
     exact = wide.weight + fmkernels.vera_delta_weight(wide.A[:, :into], *wide[4:])
     assert_parity(found, plain.norm(dim=1).detach(), exact.norm(dim=1).detach())
-    half = fmkernels.DvoraNorms(*(x.bfloat16() for x in (narrow.weight, narrow.A, narrow.B)))
-    assert half(*narrow[5:]).dtype == torch.float32
+    given = problem.to(torch.bfloat16, torch.float32)
+    found = fmkernels.DvoraNorms(given.weight, given.A, given.B)(*given[5:])
+    wide = given.to(torch.float64)
+    exact = wide.weight + fmkernels.vera_delta_weight(wide.A[:, :into], *wide[4:])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact.norm(dim=1).float(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("rank", [5, 12, 20])
+def test_norms_where_rows_of_the_matrix_depend_on_each_other(rank):
+    problem = layer(0, 12, 9, rank)
+    problem.A[1] = 0
+    problem.A[3] = 2 * problem.A[0]
+    built = problem.weight + fmkernels.vera_delta_weight(problem.A[:, :12], *problem[4:])
+    found = fmkernels.DvoraNorms(problem.weight, problem.A, problem.B)(*problem[5:])
+    torch.testing.assert_close(found, built.norm(dim=1), rtol=1e-12, atol=0)
+    problem.A.zero_()
+    found = fmkernels.DvoraNorms(problem.weight, problem.A, problem.B)(*problem[5:])
+    torch.testing.assert_close(found, problem.weight.norm(dim=1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rank", [5, 12, 20])
+def test_norms_where_the_update_takes_the_weight_away(rank):
+    _, _, _, A, B, d, b = layer(0, 12, 9, rank)
+    weight = 1e-3 * torch.randn(9, 12, dtype=torch.float64)
+    exact = weight.norm(dim=1)
+    weight -= fmkernels.vera_delta_weight(A[:, :12], B, d, b).detach()
+    found = fmkernels.DvoraNorms(weight, A, B)(d, b)
+    torch.testing.assert_close(found, exact, rtol=1e-11, atol=0)
+    given = [x.detach().float() for x in (weight, A, B, d, b)]
+    plain = given[0] + fmkernels.vera_delta_weight(given[1][:, :12], *given[2:])
+    wide = [x.double() for x in given]
+    exact = wide[0] + fmkernels.vera_delta_weight(wide[1][:, :12], *wide[2:])
+    found = fmkernels.DvoraNorms(*given[:3])(*given[3:])
+    assert_parity(found, plain.norm(dim=1), exact.norm(dim=1))
 
 
 @pytest.fixture
@@ -88,7 +132,8 @@ def test_norms_are_computed_again_when_something_changed_and_never_otherwise(com
         return fmkernels.dvora_linear(x, weight, bias, A, B, d, b, magnitude, cache=cache)
 
     def expect(norms, constants):
-        assert torch.equal(run(), fmkernels.dvora_linear(x, weight, bias, A, B, d, b, magnitude))
+        once = fmkernels.dvora_linear(x, weight, bias, A, B, d, b, magnitude)
+        torch.testing.assert_close(run(), once)
         assert computed == {"row_norms": norms, "constants": constants}
 
     assert computed == {"row_norms": 0, "constants": 1}

@@ -12,7 +12,7 @@ from fmkernels import _checks
 from fmkernels._autocast import lower_precision
 from fmkernels._library import GpuKernel, Op
 from fmkernels.ops.dvora_linear import reference
-from fmkernels.ops.dvora_linear.norms import DvoraNorms, constants, row_norms
+from fmkernels.ops.dvora_linear.norms import DvoraNorms, built_norms
 from fmkernels.ops.vera_expand import check_vectors, vera_expand
 from fmkernels.ops.vera_linear import check_bias, check_layer
 from fmkernels.ops.vera_shrink import check_frozen, vera_shrink
@@ -83,7 +83,7 @@ def dvora_linear(
     check_frozen(NAME, "B", B)
     _check_cache(cache, weight, A, B)
     if cache is None:
-        fixed = row_norms(constants(weight, A, B), lambda_d, lambda_b)
+        fixed = built_norms(weight, A, B, lambda_d, lambda_b)
     else:
         fixed = cache(lambda_d, lambda_b)
     x = lower_precision(x)

@@ -1,17 +1,19 @@
 """The norms of the rows of W0 + ΔW, without W0 + ΔW.
 
-With ΔW = diag(b) B diag(d) A and everything but d and b frozen,
+With ΔW = diag(b) B diag(d) A, everything but d and b frozen, and A = L Q, the rows of Q (k, m)
+orthonormal, L (r, k) lower trapezoidal, k = min(r, m),
 
-    ν_i² = ‖W0_i‖² + 2 b_i (C d)_i + b_i² q_i,
-    C = B ⊙ (W0 Aᵀ) (n, r),      q_i = (B_i ⊙ d) A Aᵀ (B_i ⊙ d)ᵀ
+    ν_i² = ρ_i² + ‖P_i + b_i (B_i ⊙ d) L‖²,     P = W0 Qᵀ (n, k),     ρ_i = ‖W0_i − P_i Q‖
 
-C, ‖W0_i‖² and A Aᵀ (r, r) are constants: n r² multiplications are left, of the 2 n m r + m r that a
-product with an identity matrix, as in PEFT's DoRA, takes to build ΔW. From r = m on, B ⊙ d times A
-is the smaller product, and W0 + ΔW is built of it.
+because Q keeps lengths, and what it does not reach of W0 is not adapted (nothing, from r = m on).
+L, P and ρ are constants. Of the 2 n m r + m r multiplications by which a product with an identity
+matrix, as in PEFT's DoRA, builds ΔW, about n k (r − k/2) are left: L is zero above its diagonal.
+This is a sum of squares, and loses no more digits than W0 + ΔW does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -94,58 +96,75 @@ def _state(tensor: Tensor) -> tuple[int, int]:
     return version, tensor.data_ptr()
 
 
-class Factored(NamedTuple):
-    """What does not depend on the vectors, where r < m."""
+class Constants(NamedTuple):
+    """What does not depend on the vectors."""
 
     B: Tensor
     """(n, r)"""
-    C: Tensor
-    """B ⊙ (W0 Aᵀ), (n, r)"""
-    squares: Tensor
-    """‖W0_i‖², (n)"""
-    inner: Tensor
-    """A Aᵀ, (r, r)"""
+    L: tuple[Tensor, ...]
+    """(r, k), in blocks of columns, each from its first row that is not zero on"""
+    P: Tensor
+    """(n, k)"""
+    rho: Tensor
+    """(n)"""
 
 
-class Whole(NamedTuple):
-    """The matrices themselves, where they are no larger than what could be made of them."""
+BLOCKS, LEAST_WIDTH, MULTIPLE = 4, 64, 16
+"""So many blocks, of a multiple of so many columns, and no narrower than that.
 
-    B: Tensor
-    """(n, r)"""
-    weight: Tensor
-    """(n, m)"""
-    A: Tensor
-    """(r, m)"""
-
-
-Constants = Factored | Whole
+What is multiplied although it is zero falls with their number; what each call costs, and B that is
+read again, rises. Products alone, n = 1,024, r = 256, in ms on two threads: one block 0.66, two
+0.54, three 0.51, four 0.50, eight 0.55; of 43 columns, which is no multiple, 1.4 × as long.
+"""
 
 
 def constants(weight: Tensor, A: Tensor, B: Tensor) -> Constants:
     """(n, m), (r, ≥ m), (≥ n, r)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.inference_mode(False), torch.no_grad(), without_autocast(weight):
-        weight, B = weight.to(dtype), B[: len(weight)].to(dtype)
-        A = A[:, : weight.shape[1]].to(dtype)
-        if A.shape[0] >= A.shape[1]:
-            return Whole(B, weight, A)
-        squares = weight.square().sum(dim=1)
-        return Factored(B, B * _product(weight, A.mT), squares, _product(A, A.mT))
+        # In float64: 29 ms for (256, 4096), where the two products with W0 take 130.
+        Qt, R = torch.linalg.qr(A[:, : weight.shape[1]].mT.double())
+        weight, B, Qt, L = (x.to(dtype) for x in (weight, B[: len(weight)], Qt, R.mT))
+        P = _product(weight, Qt)
+        rho = torch.linalg.vector_norm(weight - _product(P, Qt.mT), dim=1)
+        return Constants(B, tuple(_triangle(L)), P, rho)
+
+
+def _triangle(L: Tensor) -> Iterator[Tensor]:
+    """Its blocks."""
+    quarter = -(-L.shape[1] // (BLOCKS * MULTIPLE)) * MULTIPLE
+    start = 0
+    for block in L.split(max(quarter, LEAST_WIDTH), dim=1):
+        yield block[start:].contiguous()
+        start += block.shape[1]
 
 
 def row_norms(constants: Constants, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
     """ν (n)."""
-    B = constants.B
+    B, L, P, rho = constants
     with torch.no_grad(), without_autocast(B):
-        d, b = lambda_d.to(B.dtype).flatten(), lambda_b.to(B.dtype).flatten()
-        scaled = B * d
-        if isinstance(constants, Whole):
-            adapted = _product(scaled, constants.A).mul_(b.unsqueeze(1)).add_(constants.weight)
-            built: Tensor = torch.linalg.vector_norm(adapted, dim=1)
-            return built
-        q = (_product(scaled, constants.inner) * scaled).sum(dim=1)
-        squares = constants.squares + 2 * b * (constants.C @ d) + b.square() * q
-        return squares.clamp(min=0).sqrt()
+        d, b = lambda_d.to(B.dtype).flatten(), lambda_b.to(B.dtype).reshape(-1, 1)
+        scaled = (d * b).mul_(B).to(product_dtype(B))
+        # Under vmap this is batched as the vectors are; a clone of P would not be.
+        rows = torch.empty_like(scaled[:, : P.shape[1]]).copy_(P)
+        start = 0
+        for block in L:
+            into = rows[:, start : start + block.shape[1]]
+            into.addmm_(scaled[:, start:], block.to(scaled.dtype))
+            start += block.shape[1]
+        return torch.hypot(rho, torch.linalg.vector_norm(rows, dim=1).to(rho.dtype))
+
+
+def built_norms(weight: Tensor, A: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
+    """ν (n) of W0 + ΔW itself, for once: the constants alone would take longer."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad(), without_autocast(weight):
+        d, b = lambda_d.to(dtype).flatten(), lambda_b.to(dtype).reshape(-1, 1)
+        scaled, A = d * b * B[: len(weight)].to(dtype), A[:, : weight.shape[1]].to(dtype)
+        exact = product_dtype(scaled)
+        adapted = torch.addmm(weight.to(exact), scaled.to(exact), A.to(exact))
+        norms: Tensor = torch.linalg.vector_norm(adapted, dim=1).to(dtype)
+        return norms
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ def _backward(
 
 
 def _fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), torch.empty_like(weight)
+    return x.new_empty(x.shape[0], weight.shape[0]), weight.new_empty(weight.shape)
 
 
 def _fake_backward(
