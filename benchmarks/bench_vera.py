@@ -6,14 +6,16 @@ Every time is of a result that was checked just before (``parity.check``).
 import measure
 import parity
 import pytest
+from vera import models
 from vera.report import measurement as key
+from vera.report import names
 from vera.workloads import SHAPES, WORKLOADS
 
 from fmkernels.ops.knn.config import has_fast_bfloat16
 
 SUITE = "vera"
 
-LAYERS = [name for name in WORKLOADS if name.startswith("vera")]
+LAYERS = names()
 ROUNDS = 15
 
 PAIRS = [
@@ -70,4 +72,29 @@ def test_norms(name, peer, record):
 def test_memory(name, record):
     who = ("fmkernels", "fmkernels-mixed", "base", "peft", "peft-autocast")
     peak = {each: measure.peak_extra_bytes(name, each, processes=1) for each in who}
+    record(name, "memory", peak_bytes=peak)
+
+
+MODEL_PAIRS = [
+    ("fmkernels", "peft"),
+    ("fmkernels", "peft-autocast"),
+    ("fmkernels-peft", "peft"),
+]
+
+
+@pytest.mark.parametrize(("ours", "peer"), MODEL_PAIRS)
+@pytest.mark.parametrize("name", models.WORKLOADS)
+def test_a_step_of_a_model(name, ours, peer, record):
+    workload = WORKLOADS[name]
+    if name.endswith("float32") and peer == "peft-autocast":
+        pytest.skip("another precision")
+    facts = parity.check(workload, peer, ours=ours)
+    steps = {who: workload.step(who) for who in (peer, ours)}
+    record(name, key(peer, ours), **measure.ratio(pairs=9, **steps), **facts)
+
+
+@pytest.mark.parametrize("name", models.WORKLOADS)
+def test_memory_of_a_step_of_a_model(name, record):
+    who = ("fmkernels", "fmkernels-peft", "peft")
+    peak = {each: measure.peak_extra_bytes(name, each) for each in who}
     record(name, "memory", peak_bytes=peak)

@@ -104,3 +104,37 @@ def test_limits_and_pages(tmp_path):
     assert "| `dvora-norm-llama-q` | 25 × (22.5–27.5) |  |" in details
     SUITES["vera"].plot([content], tmp_path / "vera.png")
     assert (tmp_path / "vera.png").read_bytes()[:4] == b"\x89PNG"
+
+
+MODELS = ("vera-model-roberta", "vera-model-llama-float32")
+
+
+@pytest.mark.parametrize("ours", ["fmkernels", "fmkernels-peft"])
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_of_models_are_right_before_they_are_timed(name, ours, monkeypatch):
+    import parity
+    from vera.models import PROVIDERS
+
+    problem = tiny(name)
+    assert parity.check(problem, "peft", ours=ours)["errors"].keys() == {ours, "peft"}
+    assert torch.isfinite(problem.step(ours)())
+    right = PROVIDERS[ours]
+
+    def wrong(problem):
+        model = right(problem)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: 1.3 * gradient)
+        return model
+
+    monkeypatch.setitem(PROVIDERS, ours, wrong)
+    with pytest.raises(AssertionError, match=rf"{ours}: gradients err by 0\.[23]"):
+        parity.check(problem, "peft", ours=ours)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vectors_of_all_providers_are_in_one_order(name):
+    problem = tiny(name)
+    shapes = {who: [v.shape for v in problem.adapted(who)[1]] for who in ("fmkernels", "peft")}
+    assert shapes["fmkernels"] == shapes["peft"]
+    assert problem.operations() > 0 < problem.bytes_moved()

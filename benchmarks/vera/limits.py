@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from limits import Limit, Results, exactly, ratio
 
+from vera import models
 from vera.workloads import SHAPES
 
 Figure = Callable[[Results], dict[str, float]]
@@ -35,6 +36,23 @@ def kept(name: str) -> Figure:
 
 def norms(peer: str) -> Figure:
     return ratio(peer, "peft-dora")
+
+
+def step(name: str) -> tuple[str, Figure]:
+    """What is asked, and the figure: more in bfloat16, in which PEFT computes in float32."""
+    if name.endswith("float32"):
+        return "≥ 1 ×", ratio(name, "peft")
+    return "≥ 1.3 ×", in_bfloat16(name, "peft")
+
+
+def peak(name: str) -> Figure:
+    """Of a step of a model, in % of PEFT's."""
+
+    def figure(results: Results) -> dict[str, float]:
+        found = results[name]["memory"]["peak_bytes"]
+        return exactly(100 * found["fmkernels"] / found["peft"])
+
+    return figure
 
 
 ASKED = {"vera-roberta": (4, 33.4, 2), "vera-vit-l": (3, 12.5, 1), "vera-llama-q": (2, 12.5, 1)}
@@ -83,6 +101,15 @@ MIXED = tuple(
     )
 )
 
+MODELS = tuple(
+    limit
+    for name in models.WORKLOADS
+    for limit in (
+        Limit(f"`{name}`, a step beside PEFT's", *step(name)),
+        Limit(f"`{name}`, peak memory, of PEFT's", "< 100 %", peak(name)),
+    )
+)
+
 LIMITS = (
     Limit(
         "`vera-roberta` merged, beside PEFT",
@@ -91,6 +118,7 @@ LIMITS = (
     ),
     *ADAPTERS,
     *MIXED,
+    *MODELS,
     *(
         Limit(
             f"`{name.replace('vera', 'dvora-norm')}`, beside PEFT's DoRA",

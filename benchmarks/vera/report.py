@@ -8,6 +8,7 @@ from limits import Results
 from markdown import heading, megabytes, table, three, times, verdicts
 
 from vera.limits import LIMITS
+from vera.models import FineTuning
 from vera.workloads import WORKLOADS, Adapted
 
 PEERS = {
@@ -39,6 +40,7 @@ def details(content: dict[str, Any]) -> list[str]:
         *parts(results),
         *many(results),
         *norms(results),
+        *steps(results),
         *memory(results),
     ]
 
@@ -109,6 +111,20 @@ def norms(results: Results) -> list[str]:
         if name.startswith("dvora")
     )
     return table(("DVoRA's norms, times faster than", "PEFT's DoRA", "built and measured"), rows)
+
+
+def steps(results: Results) -> list[str]:
+    """Of a fine-tune of whole models."""
+    peers = {
+        "PEFT": "peft",
+        "PEFT under autocast": "peft-autocast",
+        "PEFT, by `accelerate_peft`": measurement("peft", "fmkernels-peft"),
+    }
+    rows = (
+        (f"`{name}`", *(times(results.get(name, {}).get(key)) for key in peers.values()))
+        for name in names(FineTuning)
+    )
+    return table(("a step of a model, times faster than", *peers), rows)
 
 
 def memory(results: Results) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from workload import INPUT_SETS, Device, Workload, in_turn, normal
 
-from vera import parity
+from vera import models, parity
 from vera.norms import NORMS
 from vera.providers import PROVIDERS, Layer
 
@@ -110,4 +110,5 @@ WORKLOADS: dict[str, Workload] = {
         name.replace("vera", "dvora-norm"): Norms(it.into, it.out, it.rank)
         for name, it in SHAPES.items()
     },
+    **models.WORKLOADS,
 }
