@@ -173,6 +173,7 @@ class AdapterPool:
     @contextlib.contextmanager
     def _batch(self, names: Sequence[str], inputs: Any) -> Iterator[None]:
         check_names(OP, names, inputs)
+        self.model._check_unmerged(OP)
         slots = self._pinned(names)
         try:
             device = self._matrices.A.device

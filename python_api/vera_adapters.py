@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -76,6 +77,10 @@ class AdapterSet:
             raise ValueError(
                 f"{op}: {argument}: expected a name without dots other than {BASE!r}, got {name!r}"
             )
+        if any(hasattr(holder(), name) for holder in (nn.ModuleDict, nn.ParameterDict)):
+            raise ValueError(
+                f"{op}: {argument}: expected a name that is none of torch.nn.Module's, got {name!r}"
+            )
         if name in self.state.adapters:
             raise ValueError(
                 f"{op}: {argument}: expected a new name, got {name!r}, which is taken; "
@@ -125,6 +130,7 @@ class AdapterSet:
         """Those for a new adapter, drawn or given: a pair that the model has, or another."""
         first = base_of(next(iter(targets.values())))
         dtype, device = base_dtype(first) or torch.float32, base_device(first)
+        drawn = functools.partial(draw, config, largest_sizes(targets)) if given is None else None
         if given is None:
             A, B = draw(config, largest_sizes(targets), dtype, device)
         else:
@@ -132,7 +138,7 @@ class AdapterSet:
         for pair in self.pairs():
             if pair.is_equal(A, B):
                 return pair
-        return SharedMatrices(A, B, persistent=config.save_projection)
+        return SharedMatrices(A, B, config.save_projection, drawn)
 
     def pairs(self) -> list[SharedMatrices]:
         """All that the adapters share."""

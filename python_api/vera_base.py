@@ -27,8 +27,9 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if all(isinstance(size, int) for size in sizes):
         return sizes  # type: ignore[return-value]
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 2 and not hasattr(module, "num_embeddings"):
-        return weight.shape[1], weight.shape[0]
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.element_size() == 1:
+        # quantised; a router or a norm may have a matrix too, but not in bytes
+        return None if hasattr(module, "num_embeddings") else (weight.shape[1], weight.shape[0])
     return None
 
 
@@ -37,12 +38,12 @@ def plain_weight(base: nn.Module) -> Tensor | None:
 
     Hooks, a forward of its own (as offloading puts on), quantised and sharded weights are reasons.
     """
-    if not hasattr(base, "weight"):
+    weight = base._parameters.get("weight")  # a third of the time that base.weight takes
+    if weight is None:
         return None
     hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
     if hooks or base._backward_pre_hooks or "forward" in base.__dict__:
         return None
-    weight = _weight(base)
     if type(weight) not in (Tensor, nn.Parameter) or not weight.dtype.is_floating_point:
         return None
     if type(base).forward is nn.Linear.forward:
@@ -56,7 +57,8 @@ def _weight(base: nn.Module) -> Tensor:
 
 def base_bias(base: nn.Module) -> Tensor | None:
     """(n), or None."""
-    return getattr(base, "bias", None)
+    bias = base._parameters.get("bias")
+    return getattr(base, "bias", None) if bias is None else bias
 
 
 def base_dtype(base: nn.Module) -> torch.dtype | None:
@@ -68,9 +70,14 @@ def base_dtype(base: nn.Module) -> torch.dtype | None:
 
 
 def base_device(base: nn.Module) -> torch.device:
-    """Where the layer is."""
+    """Where the layer computes; accelerate keeps offloaded weights elsewhere until then."""
     tensors = [*base.parameters(), *base.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
+    device = tensors[0].device if tensors else torch.device("cpu")
+    hook = getattr(base, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        if device.type == "meta" and getattr(each, "execution_device", None) is not None:
+            return torch.device(each.execution_device)
+    return device
 
 
 def dense_weight(base: nn.Module) -> Tensor:
@@ -84,21 +91,37 @@ def dense_weight(base: nn.Module) -> Tensor:
         return weight.detach()
     sizes = linear_sizes(base)
     assert sizes is not None
-    device, dtype = base_device(base), base_dtype(base) or torch.float32
+    offset = called_bias(base)
     columns = []
+    for start in range(0, sizes[0], PROBES):
+        probe = offset.new_zeros(min(PROBES, sizes[0] - start), sizes[0])
+        probe[:, start : start + len(probe)].fill_diagonal_(1)
+        columns.append(_called(base, probe) - offset)
+    return torch.cat(columns).mT.contiguous()
+
+
+def called_bias(base: nn.Module) -> Tensor:
+    """(n): what a layer makes of zeros."""
+    sizes = linear_sizes(base)
+    assert sizes is not None
+    dtype = base_dtype(base) or torch.float32
+    return _called(base, torch.zeros(1, sizes[0], device=base_device(base), dtype=dtype))[0]
+
+
+def _called(base: nn.Module, x: Tensor) -> Tensor:
+    """What the layer makes of x, as it does in evaluation.
+
+    That a gradient is wanted keeps bitsandbytes on a CPU from packing the weight, for good, in a
+    form that cannot be trained over.
+    """
     training = base.training
     base.eval()
     try:
-        with torch.no_grad(), without_autocast(torch.empty(0, device=device)):
-            offset = base(torch.zeros(1, sizes[0], device=device, dtype=dtype))  # its bias
-            for start in range(0, sizes[0], PROBES):
-                rows = min(PROBES, sizes[0] - start)
-                probe = torch.zeros(rows, sizes[0], device=device, dtype=dtype)
-                probe[:, start : start + rows].fill_diagonal_(1)
-                columns.append(base(probe) - offset)
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast(x):
+            y: Tensor = base(x.detach().clone().requires_grad_())
     finally:
         base.train(training)
-    return torch.cat(columns).mT.contiguous()
+    return y.detach()
 
 
 def wide_weight(base: nn.Module) -> Tensor:

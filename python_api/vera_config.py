@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -35,7 +36,7 @@ class VeraConfig:
         r: the rank: rows of A and columns of B.
         target_modules: which linear layers get vectors: names (``["query", "value"]`` matches every
             module whose path ends in one of them), a regular expression for whole paths, or
-            ``"all-linear"`` for all but the output layer.
+            ``"all-linear"`` for all but the layer that gives words.
         projection_prng_key: the seed of A and B.
         save_projection: whether A and B are written to files and to ``state_dict()``; otherwise the
             seed makes them again.
@@ -46,9 +47,12 @@ class VeraConfig:
             those of the adapted layers.
         modules_to_save: names of modules that are trained whole and saved, such as a classifier.
         init_weights: False starts from random vectors, for tests of training code.
-        layers_to_transform: the numbers of the layers that are adapted; None for all.
+        layers_to_transform: the numbers of the layers that are adapted; None for all. As in PEFT
+            it limits names, but neither whole paths nor regular expressions; and ``"all-linear"``
+            in models of at least 20 linear layers.
         layers_pattern: the name of the list that these numbers count, such as ``"layers"``.
-        task_type: kept for PEFT's files.
+        task_type: as in PEFT, ``"SEQ_CLS"`` and ``"TOKEN_CLS"`` add the model's ``classifier`` or
+            ``score`` to ``modules_to_save``, and ``"QUESTION_ANS"`` its ``qa_outputs``.
         init: how A and B are drawn, as in :func:`fmkernels.vera_matrices`. PEFT draws
             ``"kaiming_uniform"``.
         use_dora: DVoRA: the norm of every row of the adapted weight is trained apart from its
@@ -93,12 +97,15 @@ class VeraConfig:
         _checks.choice(OP, "bias", self.bias, BIASES)
         _checks.choice(OP, "init", self.init, INITS)
         _checks.non_negative(OP, "vera_dropout", self.vera_dropout)
-        if self.vera_dropout > 1:
+        if self.vera_dropout > 1 or isinstance(self.vera_dropout, bool):
             raise ValueError(
                 f"{OP}: vera_dropout: expected a share from 0 to 1, got {self.vera_dropout}"
             )
         if isinstance(self.d_initial, bool) or not isinstance(self.d_initial, Real):
             raise TypeError(f"{OP}: d_initial: expected a number, got {self.d_initial!r}")
+        if not math.isfinite(self.d_initial):
+            raise ValueError(f"{OP}: d_initial: expected a finite number, got {self.d_initial}")
+        self.vera_dropout, self.d_initial = float(self.vera_dropout), float(self.d_initial)
         for name in ("save_projection", "fan_in_fan_out", "init_weights", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
@@ -108,6 +115,12 @@ class VeraConfig:
         self.modules_to_save = _names("modules_to_save", self.modules_to_save, regex=False)
         self.layers_pattern = _names("layers_pattern", self.layers_pattern, regex=True)
         self.layers_to_transform = _numbers(self.layers_to_transform)
+        self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's is an Enum
+        if not (self.task_type is None or isinstance(self.task_type, str)):
+            raise TypeError(
+                f"{OP}: task_type: expected a name such as 'SEQ_CLS' or None, "
+                f"got {self.task_type!r}"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"{OP}: layers_to_transform: expected the numbers of layers, because "
@@ -146,7 +159,10 @@ class VeraConfig:
         others = {
             name: value
             for name, value in fields.items()
-            if name not in known and name not in _OF_PEFT and value not in (None, False)
+            if name not in known
+            and name not in _OF_PEFT
+            and value is not None
+            and value is not False
         }
         if others:
             listed = ", ".join(f"{name}={value!r}" for name, value in sorted(others.items()))
@@ -154,9 +170,10 @@ class VeraConfig:
                 f"{OP}: expected the settings of a VeRA adapter, got others too: {listed}"
             )
         own = {name: value for name, value in fields.items() if name in known}
-        for name in ("target_modules", "modules_to_save"):  # PEFT has sets, and repeats names
-            if isinstance(own.get(name), (set, list, tuple)):
-                own[name] = list(dict.fromkeys(own[name]))
+        modules = own.get("modules_to_save")
+        if isinstance(modules, list) and all(isinstance(name, str) for name in modules):
+            own["modules_to_save"] = list(dict.fromkeys(modules))  # PEFT repeats names
+        own["layers_pattern"] = own.get("layers_pattern") or None  # to PEFT "" and [] are None
         if (kind == DVORA_TYPE) != bool(own.get("use_dora", False)):
             raise ValueError(
                 f"{OP}: use_dora: expected {kind == DVORA_TYPE} in a file of type {kind}, "
@@ -172,10 +189,9 @@ def _names(argument: str, value: Any, regex: bool) -> str | list[str] | None:
     if isinstance(value, str) or not isinstance(value, (Sequence, set, frozenset)):
         alternative = "a non-empty string or " if regex else ""
         raise TypeError(f"{OP}: {argument}: expected {alternative}a list of names, got {value!r}")
-    names = sorted(value) if isinstance(value, (set, frozenset)) else list(value)
-    if not all(isinstance(name, str) and name for name in names):
+    if not all(isinstance(name, str) and name for name in value):
         raise TypeError(f"{OP}: {argument}: expected non-empty names, got {value!r}")
-    return names
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 
 def _numbers(value: Any) -> int | list[int] | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .arrays import optional
+from .arrays import checksum, optional
 from .safe_file import path_of, replacing
 from .vera_config import VeraConfig
 
@@ -21,6 +25,10 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 INIT = "fmkernels.init"
 """In the head of the tensors: how A and B were drawn; PEFT's configuration has no field for it."""
+SEED = "fmkernels.projection_prng_key"
+"""In the head of the tensors: with another seed beside them they would be another adapter's."""
+SUM = "fmkernels.crc32"
+"""In the head of the tensors: safetensors notices a missing byte, but none that has changed."""
 
 Path_ = str | PathLike[str]
 
@@ -32,7 +40,7 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     words: Mapping[str, str] | None = None,
 ) -> None:
-    """Both files under other names first, then renamed: what was there stays until they are whole.
+    """Both files under other names first, then renamed: if anything fails, the old ones stay.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -47,9 +55,13 @@ def write_adapter(
         )
     tables = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+    head = {"format": "pt", SUM: _sum_of(tables), **(words or {})}
+    if "projection_prng_key" in config:
+        head[SEED] = str(config["projection_prng_key"])
     target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / WEIGHTS, target / CONFIG) as (weights, settings):
-        safetensors.save_file(tables, weights, metadata={"format": "pt", **(words or {})})
+    files = target / WEIGHTS, target / CONFIG
+    with _restored(files[0]), replacing(*files) as (weights, settings):
+        safetensors.save_file(tables, weights, metadata=head)
         settings.write_text(text, encoding="utf-8")
 
 
@@ -78,7 +90,7 @@ def read_adapter(op: str, folder: Path_) -> tuple[VeraConfig, dict[str, Tensor]]
         fields = json.loads(settings.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise ValueError(f"expected an object, got {type(fields).__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{op}: path: {settings} is damaged or cut short: {error}") from error
     try:
         config = VeraConfig.from_dict(fields)
@@ -86,13 +98,54 @@ def read_adapter(op: str, folder: Path_) -> tuple[VeraConfig, dict[str, Tensor]]
         raise ValueError(f"{op}: path: {settings}: {error}") from error
     try:
         with safetensors.safe_open(weights, framework="pt") as file:
-            init = (file.metadata() or {}).get(INIT, config.init)
+            head = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{op}: path: {weights} is damaged, cut short or no safetensors file: {error}"
         ) from error
-    return dataclasses.replace(config, init=init), tensors
+    if head.get(SUM, "") not in ("", _sum_of(tensors)):
+        raise ValueError(f"{op}: path: {weights} is damaged: its tensors are not what was saved")
+    seed = str(config.projection_prng_key)
+    if head.get(SEED, seed) != seed:
+        raise ValueError(
+            f"{op}: path: expected the seed {head[SEED]} of {weights} in {settings}, got {seed}; "
+            "they are not of one adapter"
+        )
+    try:
+        return dataclasses.replace(config, init=head.get(INIT, config.init)), tensors
+    except ValueError as error:
+        raise ValueError(f"{op}: path: {weights}: {error}") from error
+
+
+@contextlib.contextmanager
+def _restored(target: Path) -> Iterator[None]:
+    """If what follows fails, the file is what it was: after one of two renames the other may."""
+    spare = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old")
+    if target.exists():
+        try:
+            os.link(target, spare)
+        except OSError:  # a file system without links
+            shutil.copy2(target, spare)
+    try:
+        yield
+    except BaseException:
+        if not spare.exists():
+            target.unlink(missing_ok=True)
+        elif not spare.samefile(target):
+            os.replace(spare, target)
+        raise
+    finally:
+        spare.unlink(missing_ok=True)
+
+
+def _sum_of(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and bytes."""
+    parts = (
+        f"{name} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor.reshape(-1))}"
+        for name, tensor in sorted(tensors.items())
+    )
+    return f"{zlib.crc32(chr(10).join(parts).encode()):08x}"
 
 
 def is_adapter(folder: Path_) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .vera_base import linear_sizes
+from .vera_base import base_dtype, linear_sizes
 from .vera_config import VeraConfig
 from .vera_layer import VeraLayer
-from .vera_targets import base_of
+from .vera_targets import base_of, lies_in
 from .vera_trained import TrainedModule
 
 PREFIX = "base_model.model."
@@ -53,15 +54,16 @@ def bias_parameters(
     """(path without wrappers, key in a file, parameter) of the biases that are trained too."""
     if config.bias == "none":
         return
+    whole = [name for name, m in model.named_modules() if isinstance(m, TrainedModule)]
     modules = ((name, m) for name, m in model.named_modules() if not isinstance(m, VeraLayer))
     for name, module in modules:
-        bias = getattr(module, "_parameters", {}).get("bias")
+        bias = module._parameters.get("bias")
         path = name.removesuffix(".base_layer")
-        is_whole = ".original_module" in name or ".copies." in name
-        if bias is None or is_whole or (config.bias == "vera_only" and path not in targets):
+        is_other = config.bias == "vera_only" and path not in targets
+        if bias is None or is_other or lies_in(name, whole):
             continue
-        own = f"{path}.base_layer" if path in targets else path
-        yield f"{path}.bias", f"{PREFIX}{own}.bias", bias
+        own = [path, "base_layer"] if path in targets else [path] if path else []
+        yield f"{path}.bias", PREFIX + ".".join([*own, "bias"]), bias
 
 
 def sorted_tensors(
@@ -94,6 +96,9 @@ def sorted_tensors(
             key = f"{PREFIX}{path}.{name}"
             wanted[key] = tuple(value.shape)
             places.append((key, trained[path], name))
+    of_modules = set(wanted) - {
+        f"{PREFIX}{path}.{key}" for path in targets for key in VECTORS.values()
+    }
     biases: dict[str, Tensor] = {}
     for path, key, bias in bias_parameters(model, config, targets):
         if key not in wanted:
@@ -105,9 +110,12 @@ def sorted_tensors(
         for key in tensors
         if key not in wanted
         and key not in (A_KEY, B_KEY)
-        and not (
-            config.bias == "all" and (".modules_to_save." in key or ".original_module." in key)
-        )
+        and not (config.bias == "all" and any(part in key for part in REPEATED))
+    ]
+    kinds = [
+        f"{key} {tensors[key].dtype}"
+        for key in (*(key for key in wanted if key not in of_modules), A_KEY, B_KEY)
+        if key in tensors and not tensors[key].dtype.is_floating_point
     ]
     shapes = [
         f"{key} {tuple(tensors[key].shape)}, not {shape}"
@@ -118,8 +126,13 @@ def sorted_tensors(
     given = [key for key in (A_KEY, B_KEY) if key in tensors]
     if config.save_projection or len(given) == 1:
         missing += [key for key in (A_KEY, B_KEY) if key not in tensors]
-    if missing or unknown or shapes:
-        problems = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+    problems = {
+        "missing": missing,
+        "unknown": unknown,
+        "of another shape": shapes,
+        "of no floating dtype": kinds,
+    }
+    if any(problems.values()):
         parts = [f"{word}: {_listed(keys)}" for word, keys in problems.items() if keys]
         raise ValueError(
             f"{op}: path: expected the adapter of this model in {source}, got tensors that do not "
@@ -127,6 +140,9 @@ def sorted_tensors(
         )
     for key, place, name in places:
         place[name] = tensors[key]
+    for path, target in targets.items():  # trained in float32 however they were saved
+        dtype = torch.promote_types(base_dtype(base_of(target)) or torch.float32, torch.float32)
+        vectors[path] = {name: vector.to(dtype) for name, vector in vectors[path].items()}
     matrices = (tensors[A_KEY], tensors[B_KEY]) if given else None
     return AdapterTensors(vectors, trained, biases, matrices)
 

@@ -12,16 +12,18 @@ from torch.nn import functional as F
 import fmkernels
 from fmkernels import DvoraNorms
 from fmkernels._autocast import lower_precision
+from fmkernels.ops.dvora_linear import DVORA_SCALE
+from fmkernels.ops.dvora_linear.norms import built_norms
 from fmkernels.ops.vera_dropout import vera_dropout
 from fmkernels.ops.vera_linear.formulation import formulation
 
 from .vera_base import (
     base_bias,
     base_device,
+    called_bias,
     dense_weight,
     linear_sizes,
     plain_weight,
-    wide_weight,
 )
 from .vera_state import AdapterState, Group
 
@@ -79,8 +81,7 @@ class VeraLayer(nn.Module):
         dropout = config.vera_dropout if self.training else 0.0
         weight = None if args or kwargs else plain_weight(self.base_layer)
         if config.use_dora:
-            scale = self.dora_scale(name)
-            return self._scaled(x, weight, adapter, dropout, scale, args, kwargs)
+            return self._scaled(x, weight, name, adapter, dropout, args, kwargs)
         if weight is not None and not self._takes_halves(x, weight, config.r, dropout):
             bias = base_bias(self.base_layer)
             return fmkernels.vera_linear(
@@ -106,24 +107,37 @@ class VeraLayer(nn.Module):
         self, x: Tensor, weight: Tensor | None, args: Any = (), kwargs: Any = None,
         with_bias: bool = True,
     ) -> Tensor:  # fmt: skip
-        bias = base_bias(self.base_layer)
         if weight is not None:
+            bias = base_bias(self.base_layer)
             own = None if bias is None or not with_bias else bias.to(x.dtype)
             return F.linear(x, weight.to(x.dtype), own)
         y: Tensor = self.base_layer(x, *args, **(kwargs or {}))
-        return y if with_bias or bias is None else y - bias
+        bias = None if with_bias else self._bias(y)
+        return y if bias is None else (y - bias).to(y.dtype)
+
+    def _bias(self, y: Tensor) -> Tensor | None:
+        """(n), or None; where it is not to be read, what the layer makes of zeros."""
+        bias = base_bias(self.base_layer)
+        is_elsewhere = bias is not None and bias.device != y.device  # accelerate keeps it there
+        if is_elsewhere or not hasattr(self.base_layer, "bias"):
+            return self._norms.bias(self)
+        return bias
 
     def _scaled(
-        self, x: Tensor, weight: Tensor | None, adapter: tuple[Tensor, ...], dropout: float,
-        scale: Tensor, args: Any, kwargs: Any,
+        self, x: Tensor, weight: Tensor | None, name: str, adapter: tuple[Tensor, ...],
+        dropout: float, args: Any, kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        """DVoRA: scale ⊙ (X W0ᵀ + update) + bias."""
+        """DVoRA: magnitude / norms ⊙ (X W0ᵀ + update) + bias."""
         base = self._base(x, weight, args, kwargs, with_bias=False)
         u = self._shrink(x, adapter[0], dropout)
-        return self._magnified(fmkernels.vera_expand(base, u, *_second_half(adapter)), scale)
+        before = fmkernels.vera_expand(base, u, *_second_half(adapter))
+        flat = before.reshape(-1, self.out_features)
+        norms = self._norms.of(self, name)
+        y: Tensor = DVORA_SCALE(flat, self.magnitude[name], norms, self._bias(before))
+        return y.reshape(before.shape)
 
     def _magnified(self, before: Tensor, scale: Tensor) -> Tensor:
-        bias = base_bias(self.base_layer)
+        bias = self._bias(before)
         after = before * scale
         return (after if bias is None else after + bias).to(before.dtype)
 
@@ -133,8 +147,8 @@ class VeraLayer(nn.Module):
         weight = None if args or kwargs else plain_weight(self.base_layer)
         dora = any(group.scale is not None for group in groups)
         y = before = self._base(x, weight, args, kwargs, with_bias=not dora)
-        bias = base_bias(self.base_layer)
-        if dora and bias is not None:
+        bias = self._bias(before) if dora else None
+        if bias is not None:
             y = (before + bias).to(before.dtype)
         for group in groups:
             A, B = group.matrices.for_input(x)
@@ -145,7 +159,9 @@ class VeraLayer(nn.Module):
                 y = fmkernels.vera_expand(y, u, *vectors, adapter_ids=ids)
             else:
                 expanded = fmkernels.vera_expand(before, u, *vectors, adapter_ids=ids)
-                scaled = self._magnified(expanded, group.scale[ids.clamp(min=0)])
+                # of −1 the last: what is not finite in other rows is no adapter's gradient
+                scale = F.pad(group.scale, (0, 0, 0, 1), value=1.0)[ids]
+                scaled = self._magnified(expanded, scale)
                 y = torch.where((ids >= 0).unsqueeze(-1), scaled, y)
         return y
 
@@ -162,7 +178,8 @@ class VeraLayer(nn.Module):
     def dora_scale(self, name: str) -> Tensor:
         """magnitude / ‖rows of W0 + ΔW‖, (n), the norms without a gradient."""
         magnitude = self.magnitude[name]
-        return magnitude / self._norms.of(self, name).to(magnitude.dtype)
+        scale: Tensor = magnitude / self._norms.of(self, name).to(magnitude.dtype)
+        return scale
 
     def start(self, name: str, vectors: dict[str, Tensor]) -> None:
         """Give the layer an adapter's vectors: lambda_d, lambda_b, and magnitude if it has one."""
@@ -188,20 +205,19 @@ class VeraLayer(nn.Module):
         for key, vector in self.remove(name).items():
             getattr(self, key)[new_name] = vector
 
-    def delta_weight(self, name: str) -> Tensor:
-        """ΔW (n, m) of VeRA, in float32 (float64 for a base in float64), without a gradient."""
-        wide = wide_weight(self.base_layer)
-        A, B = self.state.adapters[name].matrices.on(wide.device, wide.dtype)
+    def adapted_weight(self, name: str, weight: Tensor) -> Tensor:
+        """Of W0 (n, m), in float32 or float64: W0 + ΔW, or for DVoRA its rows of the magnitudes."""
+        A, B = self.state.adapters[name].matrices.on(weight.device, weight.dtype)
         d, b = self.lambda_d[name].detach(), self.lambda_b[name].detach()
-        return fmkernels.vera_delta_weight(A[:, : self.in_features], B, d, b)
-
-    def adapted_weight(self, name: str) -> Tensor:
-        """(n, m), in float32 (float64): W0 + ΔW, or for DVoRA its rows scaled to the magnitude."""
-        adapted = wide_weight(self.base_layer) + self.delta_weight(name)
+        adapted = weight + fmkernels.vera_delta_weight(A[:, : self.in_features], B, d, b)
         if name in self.magnitude:
             scale = self.magnitude[name].detach().to(adapted) / adapted.norm(dim=1)
             adapted *= scale.unsqueeze(1)
         return adapted
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._norms = _Norms()  # of weights that are about to be moved or cast: let them go
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Sizes, and the names of the adapters."""
@@ -214,25 +230,64 @@ class _Norms:
 
     def __init__(self) -> None:
         self._of: dict[str, tuple[Any, DvoraNorms]] = {}
+        self._bias: Tensor | None = None
 
     def of(self, layer: VeraLayer, name: str) -> Tensor:
-        A, B = layer.state.adapters[name].matrices.on(layer.lambda_b[name].device)
-        weight = plain_weight(layer.base_layer)
-        # of a weight that is read through a view, such as Conv1D's, where it lies says whether
-        # another has taken its place
-        key = A, B, layer.base_layer if weight is None else weight.data_ptr()
+        vectors = layer.lambda_d[name], layer.lambda_b[name]
+        A, B = layer.state.adapters[name].matrices.on(vectors[1].device)
         held = self._of.get(name)
-        if held is None or held[0][0] is not A or held[0][1] is not B or held[0][2] != key[2]:
-            held = key, DvoraNorms(dense_weight(layer.base_layer), A, B)
-            if not is_compiling():
-                self._of[name] = held
-        return held[1](layer.lambda_d[name], layer.lambda_b[name])
+        if is_compiling():  # constants can be read there, but not kept
+            if held is not None:
+                return held[1](*vectors)
+            return built_norms(dense_weight(layer.base_layer), A, B, *vectors)
+        weight = plain_weight(layer.base_layer)
+        # of a weight that is read through a view, such as Conv1D's, its storage says whether
+        # another has taken its place; FSDP fills the same again, elsewhere, in each step
+        place = (
+            _State(layer.base_layer)
+            if weight is None
+            else (weight.untyped_storage()._cdata, weight.storage_offset())
+        )
+        key = A, B, place
+        if held is None or held[0][0] is not A or held[0][1] is not B or held[0][2] != place:
+            held = self._of[name] = key, DvoraNorms(dense_weight(layer.base_layer), A, B)
+        return held[1](*vectors)
+
+    def bias(self, layer: VeraLayer) -> Tensor:
+        """(n), of a layer whose bias is not there to be read."""
+        if self._bias is None:
+            self._bias = called_bias(layer.base_layer)
+        return self._bias
 
     def forget(self, name: str) -> None:
         self._of.pop(name, None)
 
     def __reduce__(self) -> Any:
         return _Norms, ()
+
+
+class _State:
+    """The tensors of a layer that is called, and how often each was changed."""
+
+    def __init__(self, base: nn.Module) -> None:
+        tensors = [x for x in (*base.parameters(), *base.buffers()) if not x.is_meta]
+        # a view keeps the memory, so that nothing else comes to lie there
+        self._tensors = [x.detach() if _is_plain(x) else x for x in tensors]
+        self._versions = [0 if x.is_inference() else x._version for x in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _State) or self._versions != other._versions:
+            return False
+        return all(
+            a.data_ptr() == b.data_ptr() if _is_plain(a) and _is_plain(b) else a is b
+            for a, b in zip(self._tensors, other._tensors, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _second_half(adapter: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .vera_base import is_conv1d
 from .vera_config import VeraConfig
@@ -14,7 +15,7 @@ from .vera_layer import VeraLayer
 
 
 def lora_adapter(
-    config: VeraConfig, name: str, layers: Mapping[str, VeraLayer]
+    config: VeraConfig, name: str, model: nn.Module, layers: Mapping[str, VeraLayer]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the factors, in PEFT's names.
 
@@ -27,7 +28,7 @@ def lora_adapter(
         "r": config.r,
         "lora_alpha": config.r,
         "lora_dropout": config.vera_dropout,
-        "target_modules": list(layers),
+        "target_modules": _targets(model, layers),
         "use_dora": config.use_dora,
         "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
         "bias": {"vera_only": "lora_only"}.get(config.bias, config.bias),
@@ -45,3 +46,11 @@ def lora_adapter(
         if config.use_dora:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = vectors["magnitude"]
     return fields, tensors
+
+
+def _targets(model: nn.Module, layers: Mapping[str, VeraLayer]) -> list[str] | str:
+    """Their paths; where others end in one of these, which PEFT would take too, an expression."""
+    paths = [path for path, _ in model.named_modules() if path not in layers]
+    if any(other.endswith(f".{path}") for other in paths for path in layers):
+        return "|".join(re.escape(path) for path in layers)
+    return list(layers)

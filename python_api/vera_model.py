@@ -101,12 +101,12 @@ class VeraModel(nn.Module):
 
     def __new__(cls, model: nn.Module) -> VeraModel:
         """Of a class whose ``forward`` has the model's signature: Trainer reads labels from it."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{OP}: model: expected a torch.nn.Module, got {type(model).__name__}")
         return object.__new__(class_for(VeraModel, type(model)))
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{OP}: model: expected a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, VeraModel) or any(isinstance(m, VeraLayer) for m in model.modules()):
             raise ValueError(
                 f"{OP}: model: expected a model without VeRA adapters, got one that has some; "
@@ -126,6 +126,8 @@ class VeraModel(nn.Module):
         if adapter_names is not None:
             rows = self._rows(OP, adapter_names, (args, kwargs))
         before, state.rows = state.rows, rows
+        if not is_compiling():
+            state.shared_input.forget()  # one call's graph may be freed before another's
         try:
             output = self.model(*args, **kwargs)
         finally:
@@ -157,6 +159,7 @@ class VeraModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within, the model is the base model, but for biases that an adapter trains."""
+        self._check_unmerged(f"{OP}.disable_adapter")
         with self._adapters.state.using(None, None):
             yield
 
@@ -257,7 +260,7 @@ class VeraModel(nn.Module):
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """All that an adapter trains, for an optimizer."""
-        self._adapters.check_known(f"{OP}.adapter_parameters", "adapter_name", adapter_name)
+        self._named(f"{OP}.adapter_parameters", adapter_name)
         return self._adapters.parameters(adapter_name)
 
     def print_trainable_parameters(self) -> None:
@@ -322,7 +325,7 @@ class VeraModel(nn.Module):
         op = f"{OP}.to_lora"
         name = self._named(op, adapter_name)
         config = self._adapters.state.adapters[name].config
-        fields, factors = lora_adapter(config, name, self._adapters.targets(name))
+        fields, factors = lora_adapter(config, name, self.model, self._adapters.targets(name))
         others = self._adapters.tensors(name, vectors=False)
         write_adapter(op, path, fields, {**others, **factors})
 
@@ -379,8 +382,28 @@ class VeraModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Parameters that are tied have the name of the first alone, as in safetensors' files."""
+        found = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        for name in self._tied():
+            found.pop(f"{prefix}{name}", None)
+        return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name, first in self._tied().items():
+            if prefix + first in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + first])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _tied(self) -> dict[str, str]:
+        """Another name of a parameter -> the first."""
+        first: dict[nn.Parameter, str] = {}
+        named = self.named_parameters(remove_duplicate=False)
+        return {name: first[p] for name, p in named if first.setdefault(p, name) != name}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (type(self.model),), self.__dict__.copy()
+        return _empty, (type(self.model),), nn.Module.__getstate__(self)  # type: ignore[no-untyped-call]
 
     def _install(self, name: str, new: NewAdapter, is_trainable: bool) -> None:
         self._adapters.install(name, new, is_trainable)
@@ -396,6 +419,8 @@ class VeraModel(nn.Module):
                 f"got None; there are {list(self.adapters)}"
             )
         self._adapters.check_known(op, "adapter_name", name)
+        if self._merged is not None and self._merged.unloaded:
+            raise ValueError(f"{op}: expected adapters that are loaded; unmerge() first")
         return name
 
     def _check_unmerged(self, op: str) -> None:

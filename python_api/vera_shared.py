@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,31 @@ class SharedMatrices(nn.Module):
         A: (r, m).
         B: (n, r).
         persistent: whether they belong to ``state_dict()``.
+        draw: called with a device and a dtype, makes them again: when what was on the meta device
+            gets memory, they need not be in a state that is loaded.
     """
 
     A: Tensor
     B: Tensor
 
-    def __init__(self, A: Tensor, B: Tensor, persistent: bool) -> None:
+    def __init__(
+        self, A: Tensor, B: Tensor, persistent: bool, draw: Callable[..., Any] | None = None
+    ) -> None:
         super().__init__()
+        self._draw = draw
         self.register_buffer("A", A, persistent=persistent)
         self.register_buffer("B", B, persistent=persistent)
         self._copies = _Copies()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._copies = _Copies()  # of matrices that are about to be moved or cast
+        was_meta = self.A.is_meta
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if was_meta and not self.A.is_meta and self._draw is not None:
+            A, B = self._draw(device=self.A.device, dtype=self.A.dtype)
+            self.A.copy_(A)
+            self.B.copy_(B)
+        return self
 
     @property
     def rank(self) -> int:
@@ -43,12 +59,13 @@ class SharedMatrices(nn.Module):
 
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A and B on a device; the same tensors for the same device and dtype."""
-        dtype = self.A.dtype if dtype is None else dtype
-        if self.A.dtype == dtype and self.A.device == device:
-            return self.A, self.B
+        A, B = self.A, self.B
+        if A.device == device and (dtype is None or A.dtype == dtype):
+            return A, B
+        dtype = A.dtype if dtype is None else dtype
         if is_compiling():
-            return self.A.to(device, dtype), self.B.to(device, dtype)
-        return self._copies.of(self.A, self.B, device, dtype)
+            return A.to(device, dtype), B.to(device, dtype)
+        return self._copies.of(A, B, device, dtype)
 
     def is_equal(self, A: Tensor, B: Tensor) -> bool:
         """Whether these are the same matrices, bit for bit; of meta tensors their shapes count."""
@@ -67,13 +84,14 @@ class _Copies:
     def __init__(self) -> None:
         self._made: dict[Any, tuple[Tensor, Tensor]] = {}
         self._state: Any = None
+        self._of: Any = None
 
     def of(
         self, A: Tensor, B: Tensor, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         state = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in (A, B)]
-        if state != self._state:
-            self._made, self._state = {}, state
+        if state != self._state or self._of[0]() is not A or self._of[1]() is not B:
+            self._made, self._state, self._of = {}, state, (weakref.ref(A), weakref.ref(B))
         if (device, dtype) not in self._made:
             with torch.inference_mode(False), torch.no_grad():
                 self._made[device, dtype] = A.to(device, dtype), B.to(device, dtype)
@@ -87,35 +105,53 @@ class SharedInput:
     """The U that was computed last, for the next layer that reads the same X.
 
     A layer that asks a second time begins a new pass: then U is computed again, because the graph
-    of the first may have been freed.
+    of the first may have been freed, as it is after backward. What one activation checkpoint keeps
+    is not shared with another, which would compute other tensors the second time.
     """
 
     def __init__(self) -> None:
-        self._forget()
+        self._last: _Last | None = None
 
-    def _forget(self, _: Any = None) -> None:
-        self._x: weakref.ref[Tensor] | None = None
-        self._u: Tensor | None = None
-        self._A: Tensor | None = None
-        self._mode: Any = None
-        self._readers: set[int] = set()
+    def forget(self, _: Any = None) -> None:
+        """Whoever comes next computes again."""
+        self._last = None
 
     def shrink(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """(…, m), (r, ≥ m) -> U (…, r)."""
-        if is_compiling():
+        if is_compiling() or x.is_inference():  # nobody counts changes of an inference tensor
             return vera_shrink(x, A)
         mode = (
-            None if x.is_inference() else x._version,
+            x._version,
             torch.is_grad_enabled(),
-            autocasts(x) and torch.get_autocast_dtype(x.device.type),
+            _keeper(),
         )
-        is_same = self._x is not None and self._x() is x and self._A is A and self._mode == mode
-        if not is_same or id(layer) in self._readers:
-            self._x, self._A, self._mode = weakref.ref(x, self._forget), A, mode
-            self._u, self._readers = vera_shrink(x, A), set()
-        self._readers.add(id(layer))
-        assert self._u is not None
-        return self._u
+        last = self._last  # read once: other threads may write it
+        is_same = last is not None and last.x() is x and last.A is A and last.mode == mode
+        if last is not None and is_same and id(layer) not in last.readers:
+            last.readers.add(id(layer))
+            return last.u
+        u = vera_shrink(x, A)
+        if u.requires_grad:
+            u.register_hook(self.forget)
+        self._last = _Last(weakref.ref(x, self.forget), A, mode, u, {id(layer)})
+        return u
 
     def __reduce__(self) -> Any:
         return SharedInput, ()
+
+
+class _Last(NamedTuple):
+    x: weakref.ref[Tensor]
+    A: Tensor
+    mode: Any
+    u: Tensor
+    readers: set[int]
+
+
+def _keeper() -> int | None:
+    """Who keeps what backward needs in place of autograd: an activation checkpoint, say.
+
+    Of a U that has a graph, the function that hands it out is alive, and its number not another's.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else id(hooks[1])

@@ -9,11 +9,22 @@ from typing import Any, TypeVar
 from torch import nn
 
 Owner = TypeVar("Owner", bound=nn.Module)
+_MADE: dict[tuple[Any, Any], Any] = {}
 
 
-@functools.cache
 def class_for(owner: type[Owner], model: type[nn.Module]) -> type[Owner]:
-    """``owner`` with a ``forward`` of the signature of ``model``'s, and ``adapter_names``."""
+    """``owner`` with a ``forward`` of the signature of ``model``'s, and ``adapter_names``.
+
+    It has the model's name in its own, and gives it as its name: Trainer takes from them what the
+    labels of answers to questions are called, and that those of a language model are shifted.
+    """
+    if (owner, model) not in _MADE:
+        _MADE[owner, model] = _made(owner, model)
+    made: type[Owner] = _MADE[owner, model]
+    return made
+
+
+def _made(owner: type[nn.Module], model: type[nn.Module]) -> type[nn.Module]:
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):
@@ -28,4 +39,11 @@ def class_for(owner: type[Owner], model: type[nn.Module]) -> type[Owner]:
         names = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
         own.insert(len(own) - any(p.kind is p.VAR_KEYWORD for p in own), names)
     forward.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    return type(owner.__name__, (owner,), {"forward": forward, "__module__": owner.__module__})
+    own_name = owner.__name__
+    members = {
+        "forward": forward,
+        "_get_name": lambda self: model.__name__,
+        "__repr__": lambda self: nn.Module.__repr__(self).replace(model.__name__, own_name, 1),
+        "__module__": owner.__module__,
+    }
+    return type(f"{own_name}Of{model.__name__}", (owner,), members)

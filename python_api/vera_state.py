@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils import _pytree
 
 from .vera_config import VeraConfig
@@ -60,13 +62,40 @@ class AdapterState:
         adapters: name -> adapter.
         active: the adapter of all rows where ``rows`` is None; None for the base model.
         rows: an adapter for every row.
+        merged: the adapter in the base weights.
+        passes: what puts ``active`` and ``rows`` back when a backward pass that is under way ends.
     """
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
         self.rows: Rows | None = None
+        self.merged: str | None = None
         self.shared_input = SharedInput()
+        self.passes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def name_of(self, name: str, adapter: Adapter) -> str:
+        """What an adapter is called now: it may have another name than when it was chosen.
+
+        Raises:
+            ValueError: it cannot be applied any more.
+        """
+        if is_compiling():
+            return name
+        if self.merged is not None:
+            raise ValueError(
+                f"VeraModel: expected base weights as they were in forward, because backward "
+                f"computes them again, got {self.merged!r} merged into them; unmerge() first"
+            )
+        if self.adapters.get(name) is adapter:
+            return name
+        for other, own in self.adapters.items():
+            if own is adapter:
+                return other
+        raise ValueError(
+            f"VeraModel: expected adapter {name!r}, because backward computes again with it, got a "
+            "model from which it was deleted after forward"
+        )
 
     @contextlib.contextmanager
     def using(self, active: str | None, rows: Rows | None) -> Iterator[None]:
@@ -79,7 +108,31 @@ class AdapterState:
             self.active, self.rows = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "rows": None}
+        return {
+            key: None if key == "rows" else value
+            for key, value in self.__dict__.items()
+            if key != "passes"
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, passes=weakref.WeakValueDictionary())
+
+
+class Refused:
+    """In the place of rows that cannot be applied: whoever asks is told why."""
+
+    count = 0
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def groups(self, layer: Any) -> NoReturn:
+        """Raises ValueError."""
+        raise ValueError(self._why)
+
+    def parts(self, names: Sequence[str]) -> NoReturn:
+        """Raises ValueError."""
+        raise ValueError(self._why)
 
 
 def check_names(op: str, names: Any, inputs: Any) -> None:
@@ -106,8 +159,9 @@ class NamedRows:
 
     def __init__(self, names: Sequence[str], state: AdapterState, device: torch.device) -> None:
         self._state = state
-        self._distinct = [name for name in dict.fromkeys(names) if name != BASE]
-        numbers = {name: i for i, name in enumerate(self._distinct)}
+        distinct = sorted(name for name in dict.fromkeys(names) if name != BASE)
+        self._chosen = [(name, state.adapters[name]) for name in distinct]
+        numbers = {name: i for i, name in enumerate(distinct)}
         self._ids = torch.tensor([numbers.get(name, -1) for name in names], device=device)
 
     @property
@@ -115,17 +169,25 @@ class NamedRows:
         """The rows of the batch."""
         return len(self._ids)
 
+    def _names(self) -> list[str]:
+        """Of the adapters, in the order of their ids."""
+        return [self._state.name_of(*chosen) for chosen in self._chosen]
+
     def groups(self, layer: Any) -> list[Group]:
         """Those of the named adapters that one layer has, by the matrices that they share."""
         members: dict[Any, list[str]] = {}
-        for name in self._distinct:
+        known = self._names()
+        for name in known:
             if name in layer.lambda_d:
                 config, matrices = self._state.adapters[name]
                 dropout = config.vera_dropout if layer.training else 0.0
                 members.setdefault((id(matrices), config.use_dora, dropout), []).append(name)
-        return [self._group(layer, names, key[2]) for key, names in members.items()]
+        return [
+            self._group(layer, names, self._numbered(known, names), key[2])
+            for key, names in members.items()
+        ]
 
-    def _group(self, layer: Any, names: list[str], dropout: float) -> Group:
+    def _group(self, layer: Any, names: list[str], ids: Tensor, dropout: float) -> Group:
         config, matrices = self._state.adapters[names[0]]
         scales = [layer.dora_scale(name) for name in names] if config.use_dora else None
         return Group(
@@ -133,21 +195,23 @@ class NamedRows:
             torch.stack([layer.lambda_d[name] for name in names]),
             torch.stack([layer.lambda_b[name] for name in names]),
             None if scales is None else torch.stack(scales),
-            self._numbered(names),
+            ids,
             dropout,
         )
 
-    def _numbered(self, names: Sequence[str]) -> Tensor:
+    def _numbered(self, known: Sequence[str], names: Sequence[str]) -> Tensor:
         """(batch): the position in ``names`` of every row's adapter, −1 for others."""
-        if list(names) == self._distinct:
+        if list(names) == list(known):
             return self._ids
-        table = [names.index(name) if name in names else -1 for name in self._distinct]
+        table = [names.index(name) if name in names else -1 for name in known]
         return torch.tensor([*table, -1], device=self._ids.device)[self._ids]  # [-1] is the last
 
     def parts(self, names: Sequence[str]) -> Iterator[tuple[str | None, Tensor]]:
         """(name, rows): which rows take which of these names, and None for all others."""
-        ids = self._numbered([name for name in self._distinct if name in names])
-        for number, name in enumerate(name for name in self._distinct if name in names):
+        known = self._names()
+        own = [name for name in known if name in names]
+        ids = self._numbered(known, own)
+        for number, name in enumerate(own):
             yield name, (ids == number).nonzero().flatten()
         rest = (ids < 0).nonzero().flatten()
         if len(rest):

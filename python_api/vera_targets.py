@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +15,16 @@ from .vera_layer import VeraLayer
 from .vera_trained import TrainedModule
 
 ALL_LINEAR = "all-linear"
-HEADS = ("score", "classifier", "qa_outputs")
-"""What transformers calls the last layer of a classifier."""
+CLASSIFIERS = ("classifier", "score")
+HEADS = {
+    "SEQ_CLS": CLASSIFIERS,
+    "TOKEN_CLS": CLASSIFIERS,
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What transformers calls the last layer for a task: PEFT trains it whole."""
+SHORTENED = 20
+"""From so many linear layers PEFT shortens their paths to last names, to which, but not to whole
+paths, ``layers_to_transform`` applies."""
 ORIGINAL = "original_module"
 """What a module that an adapter trains whole is called in what stands in its place."""
 LISTED = 12
@@ -39,25 +48,26 @@ def find_targets(op: str, model: nn.Module, config: VeraConfig) -> dict[str, nn.
     candidates = {
         name: module for name, module in modules.items() if not _matches_part(name, saved)
     }
-    if wanted == ALL_LINEAR:
-        found = _all_linear(model, candidates)
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        found = _all_linear(model, candidates, config.task_type)
+        if len(found) >= SHORTENED:
+            found = {n: m for n, m in found.items() if "." not in n or _transformed(op, n, config)}
     elif isinstance(wanted, str):
-        pattern = _compiled(op, wanted)
+        pattern = _compiled(op, "target_modules", wanted)
         found = {name: m for name, m in candidates.items() if pattern.fullmatch(name)}
     else:
         found = {name: m for name, m in candidates.items() if _ends_in(name, wanted)}
         missing = [name for name in wanted if not any(_ends_in(path, [name]) for path in found)]
         if missing:
+            place = "of the model outside of modules_to_save" if saved else "of the model"
             raise ValueError(
-                f"{op}: target_modules: expected names of modules of the model, got "
+                f"{op}: target_modules: expected names of modules {place}, got "
                 f"{missing}; linear layers here end in {_some(_last_names(modules))}"
             )
-        found = {name: m for name, m in found.items() if _is_transformed(op, name, config)}
+        found = {n: m for n, m in found.items() if n in wanted or _transformed(op, n, config)}
     others = [name for name, module in found.items() if linear_sizes(base_of(module)) is None]
-    if isinstance(wanted, str):  # a pattern may fit more than what it is meant for, as in PEFT
-        found = {name: module for name, module in found.items() if name not in others}
-    elif others:
-        kinds = ", ".join(f"{name} ({type(found[name]).__name__})" for name in others[:LISTED])
+    if others:
+        kinds = _some([f"{name} ({type(found[name]).__name__})" for name in others])
         raise ValueError(f"{op}: target_modules: expected linear layers, got {kinds}")
     if not found:
         raise ValueError(
@@ -84,13 +94,16 @@ def input_sharers(targets: Mapping[str, nn.Module]) -> set[str]:
 
 
 def modules_named(op: str, model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Path -> module, of those whose path is or ends in one of the names, outermost first."""
+    """Path -> module, of those whose path ends in one of the names, outermost first.
+
+    As in PEFT, ``"classifier"`` is the end of ``"aux_classifier"`` too.
+    """
     modules = _own_modules(model)
     found: dict[str, nn.Module] = {}
     for path, module in modules.items():
-        if _ends_in(path, names) and not lies_in(path, found):
+        if path.endswith(tuple(names)) and not lies_in(path, found):
             found[path] = module
-    missing = [name for name in names if not any(_ends_in(path, [name]) for path in modules)]
+    missing = [name for name in names if not any(path.endswith(name) for path in modules)]
     if missing:
         raise ValueError(
             f"{op}: modules_to_save: expected names of modules of the model, got {missing}"
@@ -98,9 +111,27 @@ def modules_named(op: str, model: nn.Module, names: Sequence[str]) -> dict[str, 
     return found
 
 
-def has_module(model: nn.Module, name: str) -> bool:
-    """Whether the path of a module is the name, or ends in it."""
-    return any(_ends_in(path, [name]) for path in _own_modules(model))
+def with_head(model: nn.Module, config: VeraConfig) -> VeraConfig:
+    """The last layer that the task is named for is trained whole: PEFT's rule."""
+    given = config.modules_to_save or []
+    names = [n for n in HEADS.get(config.task_type or "", ()) if n not in given]
+    names = [name for name in names if any(path.endswith(name) for path in _own_modules(model))]
+    return dataclasses.replace(config, modules_to_save=[*given, *names] or None)
+
+
+def with_present_names(model: nn.Module, config: VeraConfig) -> VeraConfig:
+    """Without the names that fit no module that is left to them: PEFT's files may list some.
+
+    It lists all names that a classifier might have, and as targets of ``"all-linear"`` layers of
+    modules that are trained whole. Of targets one at least must be there.
+    """
+    paths = list(_own_modules(model))
+    saved = [n for n in config.modules_to_save or [] if any(path.endswith(n) for path in paths)]
+    wanted = config.target_modules
+    if wanted is not None and not isinstance(wanted, str):
+        left = [path for path in paths if not _matches_part(path, saved)]
+        wanted = [n for n in wanted if any(_ends_in(path, [n]) for path in left)] or wanted
+    return dataclasses.replace(config, target_modules=wanted, modules_to_save=saved or None)
 
 
 def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -124,38 +155,47 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, VeraLayer) else module
 
 
-def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = [output] if output is not None else [getattr(model, name, None) for name in HEADS]
+def _all_linear(
+    model: nn.Module, modules: Mapping[str, nn.Module], task: str | None
+) -> dict[str, nn.Module]:
+    """All but the layer that gives words; a classifier's last one too, if that is the task."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None and task == "SEQ_CLS":
+        names = [name for name in reversed(CLASSIFIERS) if getattr(model, name, None) is not None]
+        head = getattr(model, names[0]) if names else None
     return {
         name: module
         for name, module in modules.items()
         if (isinstance(base_of(module), nn.Linear) or is_conv1d(base_of(module)))
-        and not any(head is not None and base_of(module) is base_of(head) for head in heads)
+        and not (head is not None and base_of(module) is base_of(head))
     }
 
 
-def _is_transformed(op: str, path: str, config: VeraConfig) -> bool:
+def _transformed(op: str, path: str, config: VeraConfig) -> bool:
     """Whether the number of the layer that a path leads through is one of the configuration's."""
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return True
-    patterns = config.layers_pattern or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
-        match = _compiled(op, rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\..*").match(path)
+    patterns = config.layers_pattern
+    if not patterns:
+        regexes = [r".*?\.[^.]*\.(?P<number>\d+)\."]  # the first number, but not at the outermost
+    else:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        regexes = [rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\." for pattern in patterns]
+    for regex in regexes:
+        match = _compiled(op, "layers_pattern", regex).match(path)
         if match:
             number = int(match["number"])
             return number == wanted if isinstance(wanted, int) else number in wanted
     return False
 
 
-def _compiled(op: str, pattern: str) -> re.Pattern[str]:
+def _compiled(op: str, argument: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{op}: target_modules: expected a regular expression, got {pattern!r}: {error}"
+            f"{op}: {argument}: expected a regular expression, got {pattern!r}: {error}"
         ) from error
 
 

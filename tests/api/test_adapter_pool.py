@@ -101,6 +101,18 @@ def test_without_names_the_model_is_what_it_was():
     assert torch.equal(pool.model(X), before)
 
 
+def test_a_merged_model_is_refused():
+    model = alone(vectors(1))
+    pool = AdapterPool(model, config(), capacity=2, dtype=torch.float64)
+    pool.put("a", vectors(2))
+    before = pool(X, adapter_names=["a"] * 5)
+    model.merge()
+    with pytest.raises(ValueError, match="expected adapters that are not merged, got 'default'"):
+        pool(X, adapter_names=["a"] * 5)
+    model.unmerge()
+    assert torch.equal(pool(X, adapter_names=["a"] * 5), before)
+
+
 def test_the_one_asked_for_longest_ago_is_evicted():
     pool = pool_of(3, 3)
     pool(X[:1], adapter_names=["a0"])
