@@ -22,7 +22,7 @@ from .vera_layer import VeraLayer
 from .vera_model import VeraModel
 from .vera_start import narrowed, own_config
 from .vera_state import BASE, Group, check_names
-from .vera_targets import find_targets, largest_sizes
+from .vera_targets import find_targets, largest_sizes, with_present_names
 
 OP = "AdapterPool"
 LISTED = 8
@@ -222,6 +222,7 @@ class AdapterPool:
         op = f"{OP}.load"
         self._check_name(op, name)
         config, tensors = read_adapter(op, path)
+        config = with_present_names(self.model.model, config)
         if config.modules_to_save or config.bias != "none":
             raise ValueError(
                 f"{op}: path: expected an adapter of vectors alone in {path}, got one with "

@@ -177,9 +177,16 @@ class AdapterSet:
                 layer = VeraLayer(target, self.state)
                 layer.train(target.training)
                 self.replace(path, layer)
+                self._be_called(path)
             layer.shares_input |= path in sharers
             layers[path] = layer
         return layers
+
+    def _be_called(self, path: str) -> None:
+        """Keep PyTorch's transformer layer, in evaluation, from reading weights past adapters."""
+        parent = self.model.get_submodule(path.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # what its fused kernel has no activation for
 
     def share(self, matrices: SharedMatrices) -> None:
         """Register a pair of matrices, if it is not yet."""
@@ -188,7 +195,12 @@ class AdapterSet:
             self.shared[f"pair{number}"] = matrices
 
     def remove(self, name: str) -> None:
-        """Take an adapter out, and the matrices that no other has."""
+        """Take an adapter out, and the matrices that no other has.
+
+        Biases that it trained belong to the model: they stay as they are, frozen.
+        """
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(False)
         for layer in self.layers().values():
             layer.remove(name)
         for module in self.trained().values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,22 @@ def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     if all(isinstance(size, int) for size in sizes):
         return sizes  # type: ignore[return-value]
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.element_size() == 1:
-        # quantised; a router or a norm may have a matrix too, but not in bytes
-        return None if hasattr(module, "num_embeddings") else (weight.shape[1], weight.shape[0])
-    return None
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or hasattr(module, "num_embeddings"):
+        return None
+    outputs, inputs = weight.shape
+    is_bytes = weight.element_size() == 1  # quantised
+    return (inputs, outputs) if is_bytes or _gives(module, weight) else None
+
+
+def _gives(module: nn.Module, weight: Tensor) -> bool:
+    """Whether it gives n numbers for m, which not all with a weight (n, m) do, such as routers."""
+    if type(module).__module__.startswith("torch.nn.") or not weight.is_floating_point():
+        return False
+    try:
+        y = _called(module, weight.new_zeros(1, weight.shape[1]))
+    except Exception:  # of whatever kind this is, such an input it does not take
+        return False
+    return isinstance(y, Tensor) and y.shape == (1, weight.shape[0])
 
 
 def plain_weight(base: nn.Module) -> Tensor | None:
@@ -105,10 +119,12 @@ def called_bias(base: nn.Module) -> Tensor:
     sizes = linear_sizes(base)
     assert sizes is not None
     dtype = base_dtype(base) or torch.float32
-    return _called(base, torch.zeros(1, sizes[0], device=base_device(base), dtype=dtype))[0]
+    zeros = torch.zeros(1, sizes[0], device=base_device(base), dtype=dtype)
+    offset: Tensor = _called(base, zeros)[0]
+    return offset
 
 
-def _called(base: nn.Module, x: Tensor) -> Tensor:
+def _called(base: nn.Module, x: Tensor) -> Any:
     """What the layer makes of x, as it does in evaluation.
 
     That a gradient is wanted keeps bitsandbytes on a CPU from packing the weight, for good, in a
@@ -118,10 +134,10 @@ def _called(base: nn.Module, x: Tensor) -> Tensor:
     base.eval()
     try:
         with torch.inference_mode(False), torch.enable_grad(), without_autocast(x):
-            y: Tensor = base(x.detach().clone().requires_grad_())
+            y = base(x.detach().clone().requires_grad_())
     finally:
         base.train(training)
-    return y.detach()
+    return y.detach() if isinstance(y, Tensor) else y
 
 
 def wide_weight(base: nn.Module) -> Tensor:

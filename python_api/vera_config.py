@@ -41,7 +41,9 @@ class VeraConfig:
         save_projection: whether A and B are written to files and to ``state_dict()``; otherwise the
             seed makes them again.
         vera_dropout: the share of a layer's input that the adapter does not see in training.
-        d_initial: with what ``lambda_d`` starts; ``lambda_b`` starts with 0.
+        d_initial: with what ``lambda_d`` starts; ``lambda_b`` starts with 0. With
+            ``init="position"``, whose A and B have variance 1, it is multiplied by 2/√(m r), which
+            gives products of PEFT's size; so should the learning rate of ``lambda_d`` be.
         fan_in_fan_out: kept for PEFT's files; GPT-2's ``Conv1D`` is recognised by itself.
         bias: which biases of the model are trained too: ``"none"``, ``"all"``, or ``"vera_only"``,
             those of the adapted layers.

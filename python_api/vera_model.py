@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
@@ -197,7 +197,7 @@ class VeraModel(nn.Module):
         targets, saved = self._adapters.places(op, adapter_name, config)
         matrices = self._adapters.matrices(config, targets)
         vectors = {
-            path: new_vectors(config, target, matrices.A.dtype) for path, target in targets.items()
+            path: new_vectors(config, target, matrices) for path, target in targets.items()
         }
         tensors = AdapterTensors(vectors, {}, {})
         self._install(adapter_name, NewAdapter(config, matrices, targets, saved, tensors), True)
@@ -403,7 +403,7 @@ class VeraModel(nn.Module):
         return {name: first[p] for name, p in named if first.setdefault(p, name) != name}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (type(self.model),), nn.Module.__getstate__(self)  # type: ignore[no-untyped-call]
+        return _empty, (type(self.model),), nn.Module.__getstate__(self)
 
     def _install(self, name: str, new: NewAdapter, is_trainable: bool) -> None:
         self._adapters.install(name, new, is_trainable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -27,14 +28,18 @@ def own_config(op: str, config: Any) -> VeraConfig:
     raise TypeError(f"{op}: config: expected a VeraConfig, got {type(config).__name__}")
 
 
-def new_vectors(config: VeraConfig, target: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def new_vectors(
+    config: VeraConfig, target: nn.Module, matrices: SharedMatrices
+) -> dict[str, Tensor]:
     """lambda_d, lambda_b and magnitude of a layer to start with: the base model's output."""
+    dtype = matrices.A.dtype
     base = base_of(target)
     sizes = vector_sizes(config, target)
     options: Any = {"device": base_device(base), "dtype": torch.promote_types(dtype, torch.float32)}
     if config.init_weights:
         vectors = {
-            "lambda_d": torch.full((sizes["lambda_d"],), config.d_initial, **options),
+            # rounded to float32 first, as PEFT does it over float64 too
+            "lambda_d": torch.full((sizes["lambda_d"],), _start(config, matrices)).to(**options),
             "lambda_b": torch.zeros(sizes["lambda_b"], **options),
         }
     else:
@@ -50,6 +55,13 @@ def new_vectors(config: VeraConfig, target: nn.Module, dtype: torch.dtype) -> di
             else wide_weight(base).norm(dim=1).to(options["dtype"])
         )
     return vectors
+
+
+def _start(config: VeraConfig, matrices: SharedMatrices) -> float:
+    """With what lambda_d starts: the same update, whatever the variance of A and B is."""
+    if config.init != "position":
+        return config.d_initial
+    return config.d_initial * 2 / math.sqrt(matrices.A.numel())
 
 
 def draw(

@@ -65,7 +65,7 @@ def find_targets(op: str, model: nn.Module, config: VeraConfig) -> dict[str, nn.
                 f"{missing}; linear layers here end in {_some(_last_names(modules))}"
             )
         found = {n: m for n, m in found.items() if n in wanted or _transformed(op, n, config)}
-    others = [name for name, module in found.items() if linear_sizes(base_of(module)) is None]
+    others = [name for name, m in found.items() if not _is_target(name, base_of(m), modules)]
     if others:
         kinds = _some([f"{name} ({type(found[name]).__name__})" for name in others])
         raise ValueError(f"{op}: target_modules: expected linear layers, got {kinds}")
@@ -75,6 +75,15 @@ def find_targets(op: str, model: nn.Module, config: VeraConfig) -> dict[str, nn.
             f"linear layers here end in {_some(_last_names(modules))}"
         )
     return found
+
+
+def _is_target(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether it is a linear layer, and one that is called.
+
+    PyTorch's attention reads the weight of its last one, so an adapter would have no effect.
+    """
+    is_read = isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+    return linear_sizes(module) is not None and not is_read
 
 
 def largest_sizes(targets: Mapping[str, nn.Module]) -> tuple[int, int]:
@@ -167,6 +176,7 @@ def _all_linear(
         name: module
         for name, module in modules.items()
         if (isinstance(base_of(module), nn.Linear) or is_conv1d(base_of(module)))
+        and _is_target(name, base_of(module), modules)
         and not (head is not None and base_of(module) is base_of(head))
     }
 
