@@ -575,7 +575,7 @@ def test_a_layer_of_another_kind_is_known_by_what_it_gives():
 
 
 def test_positional_matrices_start_with_products_of_pefts_size():
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # not the matrices' own: x would not be independent of A
     x, spread = torch.randn(64, 300), {}
     for init in ("kaiming_uniform", "position"):
         config = VeraConfig(r=64, target_modules=["0"], init=init)
