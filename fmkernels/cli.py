@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="the same as JSON, for bug reports")
 
     demo = commands.add_parser(
-        "demo", help="NeCo's loss, segmentation, search and FUNGI on real data, beside peers"
+        "demo", help="NeCo's loss, segmentation, search, FUNGI and VeRA on real data, beside peers"
     )
     demo.add_argument(
         "--pictures",
@@ -48,9 +48,10 @@ def _parser() -> argparse.ArgumentParser:
         "--parts",
         type=int,
         nargs="+",
-        choices=(1, 2, 3, 4, 5),
-        default=(1, 2, 3, 4, 5),
-        help="only these: 1 NeCo, 2 beside diffsort, 3 segmentation, 4 beside faiss, 5 FUNGI",
+        choices=(1, 2, 3, 4, 5, 6),
+        default=(1, 2, 3, 4, 5, 6),
+        help="only these: 1 NeCo, 2 beside diffsort, 3 segmentation, 4 beside faiss, 5 FUNGI, "
+        "6 VeRA",
     )
 
     bench = commands.add_parser(

@@ -196,9 +196,7 @@ class VeraModel(nn.Module):
         self._check_unmerged(op)
         targets, saved = self._adapters.places(op, adapter_name, config)
         matrices = self._adapters.matrices(config, targets)
-        vectors = {
-            path: new_vectors(config, target, matrices) for path, target in targets.items()
-        }
+        vectors = {path: new_vectors(config, target, matrices) for path, target in targets.items()}
         tensors = AdapterTensors(vectors, {}, {})
         self._install(adapter_name, NewAdapter(config, matrices, targets, saved, tensors), True)
 

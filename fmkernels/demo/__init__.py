@@ -1,9 +1,9 @@
-"""The demo: what the package is for, on real data, in five parts.
+"""The demo: what the package is for, on real data, in six parts.
 
 ``python -m fmkernels demo`` trains a small network on photographs until it orders neighbours as its
 teacher does, compares one such step with the installed diffsort package, segments scenes by
-retrieval, searches patches beside the installed faiss, and classifies digits by gradients. It takes
-about two minutes.
+retrieval, searches patches beside the installed faiss, classifies digits by gradients, and
+fine-tunes encoders by VeRA. It takes about three minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from fmkernels import __version__, _library, info
 from fmkernels.demo import (
+    adapters,
     beside_diffsort,
     beside_faiss,
     classify_digits,
@@ -26,7 +27,7 @@ from fmkernels.demo import (
     segment_scenes,
 )
 
-PARTS = (1, 2, 3, 4, 5)
+PARTS = (1, 2, 3, 4, 5, 6)
 
 
 def run(pictures: Path | None, steps: int, parts: Collection[int] = PARTS) -> int:
@@ -49,6 +50,7 @@ def run(pictures: Path | None, steps: int, parts: Collection[int] = PARTS) -> in
         functools.partial(segment_scenes.run, pictures=pictures),
         beside_faiss.run,
         classify_digits.run,
+        adapters.run,
     )
     failed = []
     for number in sorted(parts):

@@ -91,9 +91,11 @@ class _Norms:
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """How often a matrix was changed; and where it lies, as ``tensor.data = …`` changes no more."""
+    """How often a matrix was changed; and in which storage it lies, as ``tensor.data = …`` changes
+    no more. That of FSDP is freed and filled again with the same, elsewhere, in each step.
+    """
     version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr()
+    return version, tensor.untyped_storage()._cdata
 
 
 class Constants(NamedTuple):
