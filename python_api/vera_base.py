@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fmkernels._autocast import without_autocast
 
@@ -57,6 +58,8 @@ def plain_weight(base: nn.Module) -> Tensor | None:
         return None
     hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
     if hooks or base._backward_pre_hooks or "forward" in base.__dict__:
+        return None
+    if _has_any_global_hook():
         return None
     if type(weight) not in (Tensor, nn.Parameter) or not weight.dtype.is_floating_point:
         return None

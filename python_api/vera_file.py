@@ -146,8 +146,3 @@ def _sum_of(tensors: Mapping[str, Tensor]) -> str:
         for name, tensor in sorted(tensors.items())
     )
     return f"{zlib.crc32(chr(10).join(parts).encode()):08x}"
-
-
-def is_adapter(folder: Path_) -> bool:
-    """Whether a folder holds an adapter's configuration."""
-    return os.path.isfile(os.path.join(folder, CONFIG))

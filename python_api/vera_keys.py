@@ -24,8 +24,6 @@ VECTORS = {
 """In the layers, and in the files."""
 REPEATED = (".modules_to_save.", ".original_module.")
 """Under which PEFT writes the biases of modules that are trained whole once more."""
-LISTED = 20
-"""Names that an error lists."""
 
 
 class AdapterTensors(NamedTuple):
@@ -133,7 +131,7 @@ def sorted_tensors(
         "of no floating dtype": kinds,
     }
     if any(problems.values()):
-        parts = [f"{word}: {_listed(keys)}" for word, keys in problems.items() if keys]
+        parts = [f"{word}: {', '.join(keys)}" for word, keys in problems.items() if keys]
         raise ValueError(
             f"{op}: path: expected the adapter of this model in {source}, got tensors that do not "
             f"fit ({'; '.join(parts)}); nothing was loaded"
@@ -155,8 +153,3 @@ def _misshapen(rank: int, largest: tuple[int, int], tensors: Mapping[str, Tensor
         if shape is not None and (len(shape) != 2 or shape[1 - dim] != rank or shape[dim] < least):
             fitting = f"({rank}, >= {least})" if dim else f"(>= {least}, {rank})"
             yield f"{key} {shape}, not {fitting}"
-
-
-def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return ", ".join(keys[:LISTED]) + more

@@ -9,12 +9,12 @@ import torch
 from peft.tuners.vera.layer import Linear
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules import module as hooks
-from transformers.pytorch_utils import Conv1D
 
 from fmkernels import vera_expand, vera_linear, vera_shrink
 from fmkernels._autocast import autocasts, lower_precision
 from fmkernels.ops.vera_dropout import vera_dropout
+
+from .vera_base import base_bias, plain_weight
 
 PLAIN = (Tensor, nn.Parameter)
 """Types of tensors whose numbers are what they hold; quantised and distributed ones are others."""
@@ -73,22 +73,12 @@ class AcceleratedLinear(Linear):
 def own_product(base: nn.Module, low: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """The weight (n, m) and bias of a base layer that is no more than x W0ᵀ + bias, else None.
 
-    It is not where it has hooks or a forward of its own, as quantised, offloaded and other
-    adapters' layers have, or a weight of another kind or dtype.
+    It is not where it must be called (see ``plain_weight``), or PyTorch would refuse the dtypes.
     """
-    own = type(base).forward
-    if "forward" in base.__dict__ or (own is not nn.Linear.forward and own is not Conv1D.forward):
+    weight, bias = plain_weight(base), base_bias(base)
+    if weight is None or not multiplies(weight, low):
         return None
-    if base._forward_hooks or base._forward_pre_hooks or hooks._has_any_global_hook():
-        return None
-    if base._backward_hooks or base._backward_pre_hooks:
-        return None
-    weight: Any = base.weight
-    bias: Any = base.bias
-    for each in (weight,) if bias is None else (weight, bias):
-        if type(each) not in PLAIN or not multiplies(each, low):
-            return None
-    return (weight.T if own is Conv1D.forward else weight), bias
+    return (weight, bias) if bias is None or multiplies(bias, low) else None
 
 
 def multiplies(weight: Tensor, low: Tensor) -> bool:

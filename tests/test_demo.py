@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fmkernels import _library, cli, demo
 from fmkernels.demo import (
+    adapters,
     beside_faiss,
     classify_digits,
     comparison,
@@ -42,6 +43,7 @@ def small(monkeypatch):
     monkeypatch.setattr(timing, "busy_cores", lambda: 1.5)
     monkeypatch.setattr(in_context, "run", in_context_report)
     monkeypatch.setattr(gradient_features, "run", gradient_report)
+    monkeypatch.setattr(adapters, "run", adapters_part)
 
 
 def in_context_report(seeds, steps, neco_steps, *, pictures, say):
@@ -57,6 +59,12 @@ def gradient_report(seeds, steps, *, say, embedding=0.75):
     say("seed 0")
     scores = {"untrained embedding": [0.5], "embedding": [embedding], "embedding + all": [0.875]}
     return gradient_features.Report(scores, scores, {"exact": {"KL": [0.625]}})
+
+
+def adapters_part(console):
+    """What part 6 does for half a minute; test_finetuning_demo.py has the real one."""
+    console.print("Encoders are fine-tuned")
+    return True
 
 
 @pytest.fixture
@@ -102,6 +110,7 @@ def test_all_parts(tmp_path, capsys):
         "5. Digits get the labels",
         "embedding + all     │       87.5 │ +12.5",
         "exact                     │ 62.5",
+        "6. Encoders are fine-tuned",
     ):
         assert words in output
     assert torch.get_num_threads() == 1
@@ -142,6 +151,8 @@ def test_digits_need_scikit_learn(capsys, hide):
     assert segment_scenes.run(Console(width=100), None)
     assert words in capsys.readouterr().out
     assert classify_digits.run(Console(width=100))
+    assert words in capsys.readouterr().out
+    assert adapters.run(Console(width=100))
     assert words in capsys.readouterr().out
 
 

