@@ -1,0 +1,33 @@
+"""VeRA, DVoRA, LoRA and full fine-tuning of a small vision transformer, for digits new to it.
+
+No pre-trained vision transformer comes from a package index, so the program pre-trains one itself,
+on the digits 0 to 4 without labels; 5 to 9 are what it is fine-tuned for (scikit-learn's digits, to
+test by other writers). LoRA, and VeRA to compare with, are PEFT's: pip install peft. The parts are
+in fmkernels/demo: new_digits.py, finetuning.py, finetuning_report.py, beside_peft.py.
+"""
+
+import argparse
+
+import torch
+
+from fmkernels.demo import beside_peft, finetuning_report, new_digits
+
+
+def main(seeds: int = 10, pretraining: int = 150, steps: int = 100, memory: bool = True):
+    problem = new_digits.problem(pretraining, steps)
+    results = finetuning_report.compare(problem, seeds)
+    if memory:
+        finetuning_report.measure_memory(problem.name, results)
+    print("\n" + finetuning_report.as_markdown(finetuning_report.rows(results)))
+    if finetuning_report.has_peft():
+        print("\n" + beside_peft.sentence(beside_peft.difference(problem, results["VeRA"].rate)))
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    main(arguments.seeds)
