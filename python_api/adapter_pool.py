@@ -7,10 +7,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fmkernels import DvoraNorms, _checks
 
@@ -20,13 +21,17 @@ from .vera_file import read_adapter
 from .vera_keys import sorted_tensors, vector_sizes
 from .vera_layer import VeraLayer
 from .vera_model import VeraModel
+from .vera_shared import SharedMatrices
 from .vera_start import narrowed, own_config
 from .vera_state import BASE, Group, check_names
-from .vera_targets import find_targets, largest_sizes, with_present_names
+from .vera_targets import base_of, find_targets, largest_sizes, with_present_names
 
 OP = "AdapterPool"
 LISTED = 8
 """Names that an error lists."""
+
+_Row: TypeAlias = tuple[Tensor | None, ...]
+"""What one adapter has in the tables of one layer."""
 
 
 class UnknownAdapterError(ValueError):
@@ -57,18 +62,22 @@ class AdapterPool:
     adapter, with rows that are looked up. An adapter that is loaded when the pool is full takes the
     place of the one that was asked for the longest ago.
 
+    It serves: the model is put into evaluation mode, and called without gradients.
+
     It may be used from several threads: batches take turns, and adapters are loaded, replaced and
     evicted while one is computed, which keeps those that it began with.
 
     Args:
         model: the base model, or a :class:`VeraModel`. Its layers get places for adapters; without
-            names they give what they did.
+            names they give what they did. It stays on its devices: the tables do not follow it, and
+            once it was moved a pool refuses to work.
         config: rank, target modules, seed and ``init`` of all adapters. With ``use_dora`` the pool
             takes VeRA and DVoRA adapters, otherwise VeRA.
         capacity: how many adapters it holds.
         dtype: that of the vectors. bfloat16 halves the memory and rounds them to 8 bits.
 
     Raises:
+        RuntimeError: there is no memory for the tables; the model is then as it was.
         TypeError: an argument has the wrong type.
         ValueError: an argument does not fit; the model is then as it was.
 
@@ -112,22 +121,26 @@ class AdapterPool:
             )
         self.config = config
         self.model = model if isinstance(model, VeraModel) else VeraModel(model)
+        self.model._check_unmerged(OP)
         adapters = self.model._adapters
         targets = find_targets(OP, self.model.model, config)
         self._matrices = adapters.matrices(config, targets)
-        self._layers = adapters.adapt(targets)
-        adapters.share(self._matrices)
-        self._tables = {
-            layer: _Tables.of(config, layer, self.capacity, dtype)
-            for layer in self._layers.values()
+        tables = {
+            path: _Tables.of(config, target, self.capacity, dtype)
+            for path, target in targets.items()
         }
-        self._norms: dict[str, DvoraNorms] = {}
-        self._slots: OrderedDict[str, int] = OrderedDict()  # the one asked for last comes last
         self._free = list(range(self.capacity - 1, -1, -1))
         self._pins = [0] * self.capacity
+        self._layers = adapters.adapt(targets)  # from here on nothing fails
+        self.model.eval()
+        adapters.share(self._matrices, config)
+        self._matrices.pools.add(self)
+        self._tables = {layer: tables[path] for path, layer in self._layers.items()}
+        self._places = {own.lambda_d.device: layer for layer, own in self._tables.items()}
+        self._norms: dict[str, DvoraNorms] = {}
+        self._slots: OrderedDict[str, int] = OrderedDict()  # the one asked for last comes last
         self._retired: set[int] = set()
         self._lock = threading.Lock()  # of the names and the slots
-        self._turn = threading.RLock()  # of the model
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -173,12 +186,12 @@ class AdapterPool:
     @contextlib.contextmanager
     def _batch(self, names: Sequence[str], inputs: Any) -> Iterator[None]:
         check_names(OP, names, inputs)
-        self.model._check_unmerged(OP)
+        self._check_model(OP)
         slots = self._pinned(names)
         try:
             device = self._matrices.A.device
             rows = _PoolRows(self, torch.tensor(slots, device=device))
-            with self._turn, self.model._adapters.state.using(None, rows):
+            with self.model._adapters.state.using(rows), torch.no_grad():
                 yield
         finally:
             self._unpin(slots)
@@ -217,10 +230,12 @@ class AdapterPool:
             FileNotFoundError: a file is missing.
             ImportError: safetensors is not installed.
             RuntimeError: every adapter of the pool is in a batch that is being computed.
-            ValueError: a file is damaged, or is not that of an adapter of this pool.
+            ValueError: a file is damaged, or is not that of an adapter of this pool, or as in
+                :meth:`put`; the pool is then as it was.
         """
         op = f"{OP}.load"
         self._check_name(op, name)
+        self._check_model(op)
         config, tensors = read_adapter(op, path)
         config = with_present_names(self.model.model, config)
         if config.modules_to_save or config.bias != "none":
@@ -228,12 +243,20 @@ class AdapterPool:
                 f"{op}: path: expected an adapter of vectors alone in {path}, got one with "
                 f"modules_to_save={config.modules_to_save}, bias={config.bias!r}"
             )
+        if config.use_dora and not self.config.use_dora:
+            raise ValueError(
+                f"{op}: path: expected a VeRA adapter in {path}, got a DVoRA one; a pool whose "
+                "configuration has use_dora=True takes it"
+            )
         model = self.model.model
         targets = find_targets(op, model, config)
         largest = largest_sizes(targets)
         held = sorted_tensors(op, str(path), model, config, targets, {}, largest, tensors)
         self._check_matrices(op, path, config, largest, held.matrices)
-        self.put(name, held.vectors)
+        missing = self.config.r - config.r  # of matrices that are a corner of the pool's
+        for vectors in held.vectors.values():
+            vectors["lambda_d"] = F.pad(vectors["lambda_d"], (0, missing))
+        self._put(op, "path", name, held.vectors)
 
     def put(self, name: str, vectors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Add an adapter, or replace the one of this name.
@@ -246,19 +269,44 @@ class AdapterPool:
         Raises:
             RuntimeError: every adapter of the pool is in a batch that is being computed.
             TypeError: a vector has the wrong type.
-            ValueError: a path or a vector does not fit; the pool is then as it was.
+            ValueError: a path or a vector does not fit, or is not finite in the pool's dtype, or an
+                adapter is merged into the base weights; the pool is then as it was.
         """
         op = f"{OP}.put"
         self._check_name(op, name)
-        rows = self._rows_of(op, vectors)
-        with self._lock, torch.no_grad():
-            slot = self._slot_for(name)
+        self._check_model(op)
+        self._put(op, "vectors", name, vectors)
+
+    def _put(
+        self, op: str, argument: str, name: str, vectors: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """All of it, or nothing."""
+        with torch.no_grad():
+            rows = self._rows_of(op, argument, vectors)
+            with self._lock:
+                slot, owner = self._slot_for(op, name)
+                self._write(slot, rows, is_owned=owner is not None)
+                if owner is None:
+                    self._free.pop()
+                else:
+                    del self._slots[owner]
+                old = self._slots.pop(name, None)
+                self._slots[name] = slot
+                if old is not None:
+                    self._release(old)
+
+    def _write(self, slot: int, rows: Mapping[VeraLayer, _Row], is_owned: bool) -> None:
+        """If it fails, the adapter that has the slot is what it was."""
+        before: dict[VeraLayer, _Row] = {}
+        if is_owned:
+            before = {layer: tables.row(slot) for layer, tables in self._tables.items()}
+        try:
             for layer, row in rows.items():
                 self._tables[layer].write(slot, row)
-            old = self._slots.pop(name, None)
-            self._slots[name] = slot
-            if old is not None and old != slot:
-                self._release(old)
+        except BaseException:
+            for layer, row in before.items():
+                self._tables[layer].write(slot, row)
+            raise
 
     def evict(self, name: str) -> None:
         """Take an adapter out of the pool; batches that are being computed keep it.
@@ -274,19 +322,19 @@ class AdapterPool:
                 )
             self._release(self._slots.pop(name))
 
-    def _slot_for(self, name: str) -> int:
-        """A slot that no batch reads: a free one, or that of the adapter asked for longest ago."""
+    def _slot_for(self, op: str, name: str) -> tuple[int, str | None]:
+        """A slot that no batch reads, and whose it is.
+
+        A free one, or that of the adapter of this name, or of the one asked for the longest ago.
+        """
         if self._free:
-            return self._free.pop()
-        own = self._slots.get(name)
-        if own is not None and not self._pins[own]:
-            return own
-        for other, slot in self._slots.items():
-            if not self._pins[slot]:
-                del self._slots[other]
-                return slot
+            return self._free[-1], None
+        for owner in (name, *self._slots):
+            slot = self._slots.get(owner)
+            if slot is not None and not self._pins[slot]:
+                return slot, owner
         raise RuntimeError(
-            f"{OP}.put: expected a place that no batch is using, got {self.capacity} adapters, all "
+            f"{op}: expected a place that no batch is using, got {self.capacity} adapters, all "
             "of them in batches that are being computed; make capacity larger"
         )
 
@@ -297,38 +345,57 @@ class AdapterPool:
             self._free.append(slot)
 
     def _rows_of(
-        self, op: str, vectors: Mapping[str, Mapping[str, Tensor]]
-    ) -> dict[VeraLayer, dict[str, Tensor]]:
+        self, op: str, argument: str, vectors: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[VeraLayer, _Row]:
         """The rows of all tables: zeros, and scales of 1, where an adapter has no vectors."""
+        if not isinstance(vectors, Mapping):
+            raise TypeError(
+                f"{op}: {argument}: expected a mapping from paths of layers to their vectors, got "
+                f"{type(vectors).__name__}"
+            )
         unknown = [path for path in vectors if path not in self._layers]
         if unknown:
             raise ValueError(
-                f"{op}: vectors: expected layers of the pool, got {', '.join(unknown[:LISTED])}"
+                f"{op}: {argument}: expected layers of the pool, got "
+                f"{', '.join(map(str, unknown[:LISTED]))}"
             )
-        rows: dict[VeraLayer, dict[str, Tensor]] = {}
-        for path, layer in self._layers.items():
-            given = vectors.get(path)
-            rows[layer] = {} if given is None else self._row_of(op, path, layer, given)
+        for path, given in vectors.items():
+            self._check_vectors(op, argument, path, given)
+        rows = {
+            layer: self._row_of(path, layer, vectors.get(path, {}))
+            for path, layer in self._layers.items()
+        }
+        self._check_finite(op, argument, rows)
         return rows
 
-    def _row_of(
-        self, op: str, path: str, layer: VeraLayer, given: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        sizes = vector_sizes(self.config, layer)
+    def _check_vectors(self, op: str, argument: str, path: str, given: Any) -> None:
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"{op}: {argument}[{path!r}]: expected a mapping from names to vectors, got "
+                f"{type(given).__name__}"
+            )
+        sizes = vector_sizes(self.config, self._layers[path])
         if "magnitude" not in given:
             sizes.pop("magnitude", None)
         if given.keys() != sizes.keys():
+            is_dora = "magnitude" in given and "magnitude" not in sizes
+            hint = "; a pool whose configuration has use_dora=True takes it" if is_dora else ""
             raise ValueError(
-                f"{op}: vectors: expected {', '.join(sizes)} for {path}, got {', '.join(given)}"
+                f"{op}: {argument}: expected {', '.join(sizes)} for {path}, got "
+                f"{', '.join(map(str, given))}{hint}"
             )
         for key, size in sizes.items():
-            argument = f"vectors[{path!r}][{key!r}]"
-            _checks.floating_tensor(op, argument, given[key])
+            place = f"{argument}[{path!r}][{key!r}]"
+            _checks.floating_tensor(op, place, given[key])
             if tuple(given[key].shape) != (size,):
                 raise ValueError(
-                    f"{op}: {argument}: expected shape ({size},), got {tuple(given[key].shape)}"
+                    f"{op}: {place}: expected shape ({size},), got {tuple(given[key].shape)}"
                 )
-        device = base_device(layer.base_layer)
+
+    def _row_of(self, path: str, layer: VeraLayer, given: Mapping[str, Tensor]) -> _Row:
+        """On the table's device and in its dtype, so that it need only be copied there."""
+        tables = self._tables[layer]
+        device = tables.lambda_d.device
         row = {key: value.detach().to(device) for key, value in given.items()}
         if "magnitude" in row:
             if path not in self._norms:
@@ -336,7 +403,35 @@ class AdapterPool:
                 self._norms[path] = DvoraNorms(weight, *self._matrices.on(device))
             norms = self._norms[path](row["lambda_d"], row["lambda_b"])
             row["scale"] = row.pop("magnitude").to(norms.dtype) / norms
-        return row
+        return tables.padded(row)
+
+    def _check_finite(self, op: str, argument: str, rows: Mapping[VeraLayer, _Row]) -> None:
+        """What is too large for the pool's dtype became infinite in it."""
+        found: dict[torch.device, list[Tensor]] = {}  # one question to each device
+        for layer, row in rows.items():
+            device = self._tables[layer].lambda_d.device
+            found.setdefault(device, []).extend(value for value in row if value is not None)
+        if all(bool(torch.cat(values).isfinite().all()) for values in found.values()):
+            return
+        for path, layer in self._layers.items():
+            for key, value in zip(_Tables._fields, rows[layer], strict=True):
+                if value is not None and not bool(value.isfinite().all()):
+                    name = "magnitude (over the norms)" if key == "scale" else key
+                    raise ValueError(
+                        f"{op}: {argument}: expected vectors that are finite in the pool's "
+                        f"{value.dtype}, got {name} of {path} with others"
+                    )
+
+    def _check_model(self, op: str) -> None:
+        """Refuse base weights that are not those of the tables."""
+        self.model._check_unmerged(op)
+        for device, layer in self._places.items():
+            now = torch.empty(0, device=base_device(layer.base_layer)).device  # cuda is cuda:0
+            if now != device:
+                raise ValueError(
+                    f"{op}: expected the model on {device}, where the tables of the pool are, got "
+                    f"one on {now}; move it back, or make a pool after it is moved"
+                )
 
     def _check_name(self, op: str, name: Any) -> None:
         if not isinstance(name, str) or not name or name == BASE:
@@ -350,22 +445,38 @@ class AdapterPool:
         largest: tuple[int, int],
         given: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Refuse an adapter of other matrices, of which these vectors would make another one."""
-        own = self.config
+        """Refuse an adapter of other matrices, of which these vectors would make another one.
+
+        Of layers that both have, and of the rank, a corner of the matrices is all that matters.
+        """
+        own, sizes = self.config, largest_sizes(self._layers)
         if given is not None:
-            A, B = (
-                narrowed(matrix, self._matrices.A.dtype).to(self._matrices.A.device)
-                for matrix in given
+            A, B = self._matrices.A, self._matrices.B
+            rank = given[0].shape[0]
+            inputs = min(A.shape[1], given[0].shape[1])
+            outputs = min(B.shape[0], given[1].shape[0])
+            corners = (
+                narrowed(matrix, A.dtype).to(A.device)
+                for matrix in (given[0][:, :inputs], given[1][:outputs])
             )
-            fits = self._matrices.is_equal(A, B)
+            shared = SharedMatrices(A[:rank, :inputs], B[:outputs, :rank], persistent=False)
+            fits = shared.is_equal(*corners)
+        elif own.init == "position":  # the same numbers in the same places, whatever the sizes
+            is_corner = config.r <= own.r and all(
+                size <= most for size, most in zip(largest, sizes, strict=True)
+            )
+            fits = is_corner and (config.init, config.projection_prng_key) == (
+                own.init,
+                own.projection_prng_key,
+            )
         else:
             seeds = [(c.r, c.projection_prng_key, c.init) for c in (own, config)]
-            fits = seeds[0] == seeds[1] and largest == largest_sizes(self._layers)
+            fits = seeds[0] == seeds[1] and largest == sizes
         if not fits:
             raise ValueError(
                 f"{op}: path: expected the matrices of the pool (r={own.r}, "
                 f"projection_prng_key={own.projection_prng_key}, init={own.init!r}, sizes "
-                f"{largest_sizes(self._layers)}) in {path}, got others (r={config.r}, "
+                f"{sizes}) in {path}, got others (r={config.r}, "
                 f"projection_prng_key={config.projection_prng_key}, init={config.init!r}, sizes "
                 f"{largest})"
             )
@@ -382,20 +493,37 @@ class _Tables(NamedTuple):
     """Magnitudes over norms, (capacity, n)."""
 
     @classmethod
-    def of(cls, config: VeraConfig, layer: VeraLayer, capacity: int, dtype: torch.dtype) -> _Tables:
-        options: Any = {"dtype": dtype, "device": base_device(layer.base_layer)}
+    def of(
+        cls, config: VeraConfig, target: nn.Module, capacity: int, dtype: torch.dtype
+    ) -> _Tables:
+        sizes = vector_sizes(config, target)
+        options: Any = {"dtype": dtype, "device": base_device(base_of(target))}
         return cls(
-            torch.zeros(capacity, config.r, **options),
-            torch.zeros(capacity, layer.out_features, **options),
-            torch.ones(capacity, layer.out_features, **options) if config.use_dora else None,
+            torch.zeros(capacity, sizes["lambda_d"], **options),
+            torch.zeros(capacity, sizes["lambda_b"], **options),
+            torch.ones(capacity, sizes["magnitude"], **options) if config.use_dora else None,
         )
 
-    def write(self, slot: int, row: Mapping[str, Tensor]) -> None:
+    def padded(self, row: Mapping[str, Tensor]) -> _Row:
         """A row of each; zeros for no update, and ones for no scale."""
-        for key, table in self._asdict().items():
-            if table is not None:
-                plain = 1.0 if key == "scale" else 0.0
-                table[slot] = row[key].to(table.dtype) if key in row else plain
+        return tuple(
+            None
+            if table is None
+            else row[key].to(table.dtype)
+            if key in row
+            else table.new_full(table.shape[1:], 1.0 if key == "scale" else 0.0)
+            for key, table in zip(self._fields, self, strict=True)
+        )
+
+    def row(self, slot: int) -> _Row:
+        """A copy."""
+        return tuple(None if table is None else table[slot].clone() for table in self)
+
+    def write(self, slot: int, row: _Row) -> None:
+        """A row of each."""
+        for table, values in zip(self, row, strict=True):
+            if table is not None and values is not None:
+                table[slot] = values
 
 
 class _PoolRows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from .vera_targets import (
     lies_in,
     modules_named,
 )
-from .vera_trained import TrainedModule
+from .vera_trained import TrainedModule, trained_copy
 
 
 class NewAdapter(NamedTuple):
@@ -66,7 +67,7 @@ class AdapterSet:
 
     def check_known(self, op: str, argument: str, name: Any) -> None:
         """Refuse a name that no adapter has."""
-        if name not in self.state.adapters:
+        if not isinstance(name, str) or name not in self.state.adapters:
             raise ValueError(
                 f"{op}: {argument}: expected one of {list(self.state.adapters)}, got {name!r}"
             )
@@ -75,7 +76,7 @@ class AdapterSet:
         """Refuse a name that a new adapter cannot have."""
         if not isinstance(name, str) or not name or "." in name or name == BASE:
             raise ValueError(
-                f"{op}: {argument}: expected a name without dots other than {BASE!r}, got {name!r}"
+                f"{op}: {argument}: expected a name without dots that is not {BASE!r}, got {name!r}"
             )
         if any(hasattr(holder(), name) for holder in (nn.ModuleDict, nn.ParameterDict)):
             raise ValueError(
@@ -111,13 +112,21 @@ class AdapterSet:
                 )
         targets = find_targets(op, self.model, config)
         saved = modules_named(op, self.model, config.modules_to_save or [])
-        clashes = [path for path in targets if lies_in(path, self.trained())]
-        clashes += [path for path in self.layers() if lies_in(path, saved)]
+        trained = self.trained()
+        whole = {**trained, **saved}
+        clashes = [path for path in targets if lies_in(path, whole)]
+        clashes += [p for p in self.layers() if p not in clashes and lies_in(p, saved)]
         if clashes:
             raise ValueError(
                 f"{op}: target_modules: expected layers outside of the modules that an adapter "
                 f"trains whole, got {', '.join(clashes)}; name these modules in the "
                 "modules_to_save of all adapters"
+            )
+        nested = [path for path in whole if lies_in(path, whole.keys() - {path})]
+        if nested:
+            raise ValueError(
+                f"{op}: modules_to_save: expected modules of which none lies within another that "
+                f"an adapter trains whole, got {', '.join(nested)}"
             )
         return targets, saved
 
@@ -145,10 +154,14 @@ class AdapterSet:
         return [pair for pair in self.shared.values() if isinstance(pair, SharedMatrices)]
 
     def install(self, name: str, new: NewAdapter, is_trainable: bool) -> None:
-        """Put a new adapter in; all that may fail has been done before."""
+        """Put a new adapter in; all that may fail is done before the model is touched."""
+        copies = {
+            path: trained_copy(path, module, new.tensors.trained.get(path))
+            for path, module in new.saved.items()
+        }
         if not self.state.adapters:
             self.model.requires_grad_(False)
-        self.share(new.matrices)
+        self.share(new.matrices, new.config)
         self.state.adapters[name] = Adapter(new.config, new.matrices)
         for path, layer in self.adapt(new.targets).items():
             layer.start(name, new.tensors.vectors[path])
@@ -158,7 +171,8 @@ class AdapterSet:
                 current = TrainedModule(module, self.state)
                 current.train(module.training)
                 self.replace(path, current)
-            current.start(name, new.tensors.trained.get(path))
+                self._be_called(path)
+            current.copies[name] = copies[path]
         for path, _, bias in bias_parameters(self.model, new.config, new.targets):
             if path in new.tensors.biases:
                 with torch.no_grad():
@@ -183,19 +197,38 @@ class AdapterSet:
         return layers
 
     def _be_called(self, path: str) -> None:
-        """Keep PyTorch's transformer layer, in evaluation, from reading weights past adapters."""
-        parent = self.model.get_submodule(path.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # what its fused kernel has no activation for
+        """Keep PyTorch's encoder, in evaluation, from reading weights past adapters.
 
-    def share(self, matrices: SharedMatrices) -> None:
-        """Register a pair of matrices, if it is not yet."""
-        if not any(matrices is pair for pair in self.pairs()):
-            number = next(i for i in range(len(self.shared) + 1) if f"pair{i}" not in self.shared)
-            self.shared[f"pair{number}"] = matrices
+        It stays so when they are gone: that costs time alone. The numbers that the encoder gives
+        for positions that are masked out are then those of training, no zeros.
+        """
+        parent = self.model
+        for child in path.split("."):
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # what its fused kernel has no activation for
+                parent.activation_relu_or_gelu = 0
+            elif isinstance(parent, nn.TransformerEncoder):
+                # nested tensors are for the fused kernel of its layers
+                parent.use_nested_tensor = False
+            parent = parent.get_submodule(child)
+
+    def share(self, matrices: SharedMatrices, config: VeraConfig) -> None:
+        """Register a pair of matrices, if it is not yet.
+
+        Its name in ``state_dict()`` says what it is, such as ``r8_position_0_768x3072``: rank,
+        init, seed, inputs and outputs, whatever was added or deleted before it. Only where a file
+        brought others of the same name a number follows, ``_2``.
+        """
+        if any(matrices is pair for pair in self.pairs()):
+            return
+        sizes = f"{matrices.A.shape[1]}x{matrices.B.shape[0]}"
+        name = f"r{config.r}_{config.init}_{config.projection_prng_key}_{sizes}"
+        numbers = (f"_{i}" for i in itertools.count(2))
+        ends = itertools.chain([""], numbers)
+        self.shared[next(name + end for end in ends if name + end not in self.shared)] = matrices
 
     def remove(self, name: str) -> None:
-        """Take an adapter out, and the matrices that no other has.
+        """Take an adapter out, and the matrices that no other has, and no pool.
 
         Biases that it trained belong to the model: they stay as they are, frozen.
         """
@@ -203,14 +236,17 @@ class AdapterSet:
             parameter.requires_grad_(False)
         for layer in self.layers().values():
             layer.remove(name)
-        for module in self.trained().values():
+        for path, module in self.trained().items():
             module.remove(name)
+            if not module.copies:
+                self.replace(path, module.original_module)
         del self.state.adapters[name]
         if self.state.active == name:
             self.state.active = None
         used = {id(adapter.matrices) for adapter in self.state.adapters.values()}
-        for key in [key for key, pair in self.shared.items() if id(pair) not in used]:
-            del self.shared[key]
+        for key, pair in list(self.shared.items()):
+            if id(pair) not in used and not (isinstance(pair, SharedMatrices) and pair.pools):
+                del self.shared[key]
 
     def rename(self, name: str, new_name: str) -> None:
         """Its parameters stay the same objects."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
-from .vera_state import AdapterState, Refused, Rows
+from .vera_state import AdapterState, Choice, Refused, Rows
+
+DEPTH = 3
+"""Of objects in objects, in which tensors of an output are looked for."""
 
 
 def remember(output: Any, state: AdapterState, active: str | None, rows: Rows | None) -> None:
@@ -22,38 +24,26 @@ def remember(output: Any, state: AdapterState, active: str | None, rows: Rows | 
 
     def choose(_: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if task not in state.passes:
-            state.passes[task] = ending = _Ending(state)
-            torch.autograd.Variable._execution_engine.queue_callback(ending)
-        state.active, state.rows = active, rows
+        choice = state.passes.get(task)
+        if choice is None:
+            state.passes[task] = choice = Choice(active, rows)
+            torch.autograd.Variable._execution_engine.queue_callback(choice.end)
+        choice.active, choice.rows = active, rows
         if active is not None and adapter is not None:
             try:
-                state.active = state.name_of(active, adapter)
+                choice.active = state.name_of(active, adapter)
             except ValueError as error:  # no matter, unless something is computed again
-                state.rows = Refused(str(error))
+                choice.rows = Refused(str(error))
 
-    for value in _tensors(output):
+    for value in _tensors(output, DEPTH):
         if value.grad_fn is not None:
             value.register_hook(choose)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _tensors(output: Any, depth: int) -> Iterator[Tensor]:
+    """Those in containers, and in the attributes of other objects."""
     for value in _pytree.tree_leaves(output):
         if isinstance(value, Tensor):
             yield value
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            yield from _tensors([getattr(value, f.name) for f in dataclasses.fields(value)])
-
-
-class _Ending:
-    """Puts back what a backward pass found. One that fails calls nothing, but lets go of this."""
-
-    def __init__(self, state: AdapterState) -> None:
-        self._state = state
-        self._before: Any = (state.active, state.rows)
-
-    def __call__(self) -> None:
-        if self._before is not None:
-            (self._state.active, self._state.rows), self._before = self._before, None
-
-    __del__ = __call__
+        elif depth and not isinstance(value, (type, nn.Module)):
+            yield from _tensors(dict(getattr(value, "__dict__", {})), depth - 1)

@@ -19,11 +19,19 @@ SEED_TYPE = "VERA_SEED"
 other matrices for the seed, and go on."""
 
 BIASES = ("none", "all", "vera_only")
+TASKS = (
+    "CAUSAL_LM",
+    "FEATURE_EXTRACTION",
+    "QUESTION_ANS",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+)
 INITS = ("kaiming_uniform", "kaiming_normal", "position")
 
 _OF_PEFT = (
-    "alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "inference_mode",
-    "peft_type", "peft_version", "revision",
+    "alora_invocation_tokens", "auto_mapping", "inference_mode", "peft_type", "peft_version",
+    "revision",
 )  # fmt: skip
 """Fields of PEFT's files that say nothing about what the adapter computes."""
 
@@ -55,6 +63,8 @@ class VeraConfig:
         layers_pattern: the name of the list that these numbers count, such as ``"layers"``.
         task_type: as in PEFT, ``"SEQ_CLS"`` and ``"TOKEN_CLS"`` add the model's ``classifier`` or
             ``score`` to ``modules_to_save``, and ``"QUESTION_ANS"`` its ``qa_outputs``.
+        base_model_name_or_path: what the base model is loaded from, for PEFT's files; by default
+            what transformers remembers.
         init: how A and B are drawn, as in :func:`fmkernels.vera_matrices`. PEFT draws
             ``"kaiming_uniform"``.
         use_dora: DVoRA: the norm of every row of the adapted weight is trained apart from its
@@ -88,6 +98,7 @@ class VeraConfig:
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     task_type: str | None = None
+    base_model_name_or_path: str | None = None
     init: str = "kaiming_uniform"
     use_dora: bool = False
 
@@ -118,11 +129,11 @@ class VeraConfig:
         self.layers_pattern = _names("layers_pattern", self.layers_pattern, regex=True)
         self.layers_to_transform = _numbers(self.layers_to_transform)
         self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's is an Enum
-        if not (self.task_type is None or isinstance(self.task_type, str)):
-            raise TypeError(
-                f"{OP}: task_type: expected a name such as 'SEQ_CLS' or None, "
-                f"got {self.task_type!r}"
-            )
+        if self.task_type is not None:
+            _checks.choice(OP, "task_type", self.task_type, TASKS)
+        name = self.base_model_name_or_path
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"{OP}: base_model_name_or_path: expected a name or None, got {name!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"{OP}: layers_to_transform: expected the numbers of layers, because "
@@ -155,7 +166,8 @@ class VeraConfig:
         kind = getattr(kind, "value", kind)
         if kind not in (PEFT_TYPE, DVORA_TYPE, SEED_TYPE):
             raise ValueError(
-                f"{OP}: peft_type: expected {PEFT_TYPE}, {DVORA_TYPE} or {SEED_TYPE}, got {kind!r}"
+                f"{OP}: peft_type: expected {PEFT_TYPE}, {DVORA_TYPE} or {SEED_TYPE}, "
+                f"got {kind!r}, which PEFT may load"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         others = {

@@ -47,13 +47,13 @@ def write_adapter(
         ValueError: the path is that of a file.
         OSError: they cannot be written.
     """
+    tables = _tables_of(tensors)
     safetensors = optional("safetensors.torch", op, "safetensors")
     target = Path(path_of(op, folder))
     if target.exists() and not target.is_dir():
         raise ValueError(
             f"{op}: path: expected a folder, or a new one's name, got a file, {target}"
         )
-    tables = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     head = {"format": "pt", SUM: _sum_of(tables), **(words or {})}
     if "projection_prng_key" in config:
@@ -99,7 +99,8 @@ def read_adapter(op: str, folder: Path_) -> tuple[VeraConfig, dict[str, Tensor]]
     try:
         with safetensors.safe_open(weights, framework="pt") as file:
             head = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies: theirs are views of the file, which may be overwritten or cut short
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{op}: path: {weights} is damaged, cut short or no safetensors file: {error}"
@@ -116,6 +117,27 @@ def read_adapter(op: str, folder: Path_) -> tuple[VeraConfig, dict[str, Tensor]]
         return dataclasses.replace(config, init=head.get(INIT, config.init)), tensors
     except ValueError as error:
         raise ValueError(f"{op}: path: {weights}: {error}") from error
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Outside of any graph; what is sharded (a DTensor, as of FSDP2) is gathered, on all ranks."""
+    own = tensor.detach()
+    return own.full_tensor() if hasattr(own, "full_tensor") else own
+
+
+def _tables_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole, on the CPU, each in memory of its own: tied weights are written under each name.
+
+    Before anything that one rank may refuse: the others would wait for its part.
+    """
+    tables: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        table = whole(tensor).cpu().contiguous()
+        memory = table.untyped_storage().data_ptr()
+        tables[name] = table.clone() if memory in taken else table
+        taken.add(memory)
+    return tables
 
 
 @contextlib.contextmanager

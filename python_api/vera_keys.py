@@ -83,6 +83,7 @@ def sorted_tensors(
     vectors: dict[str, dict[str, Tensor]] = {path: {} for path in targets}
     trained: dict[str, dict[str, Tensor]] = {path: {} for path in saved}
     places: list[tuple[str, dict[str, Tensor], str]] = []
+    not_floating: set[str] = set()
     for path, target in targets.items():
         for name, size in vector_sizes(config, target).items():
             key = f"{PREFIX}{path}.{VECTORS[name]}"
@@ -94,9 +95,8 @@ def sorted_tensors(
             key = f"{PREFIX}{path}.{name}"
             wanted[key] = tuple(value.shape)
             places.append((key, trained[path], name))
-    of_modules = set(wanted) - {
-        f"{PREFIX}{path}.{key}" for path in targets for key in VECTORS.values()
-    }
+            if not value.dtype.is_floating_point:  # a count, say
+                not_floating.add(key)
     biases: dict[str, Tensor] = {}
     for path, key, bias in bias_parameters(model, config, targets):
         if key not in wanted:
@@ -112,8 +112,8 @@ def sorted_tensors(
     ]
     kinds = [
         f"{key} {tensors[key].dtype}"
-        for key in (*(key for key in wanted if key not in of_modules), A_KEY, B_KEY)
-        if key in tensors and not tensors[key].dtype.is_floating_point
+        for key in (*wanted, A_KEY, B_KEY)
+        if key in tensors and key not in not_floating and not tensors[key].dtype.is_floating_point
     ]
     shapes = [
         f"{key} {tuple(tensors[key].shape)}, not {shape}"

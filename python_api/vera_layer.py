@@ -64,13 +64,13 @@ class VeraLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(…, m) -> (…, n)."""
-        state = self.state
-        if state.rows is not None:
-            groups = state.rows.groups(self)
+        active, rows = self.state.current()
+        if rows is not None:
+            groups = rows.groups(self)
             if groups:
-                return self._by_rows(x, groups, state.rows.count, args, kwargs)
-        elif state.active is not None and state.active in self.lambda_d and self.merged is None:
-            return self._by_one(x, state.active, args, kwargs)
+                return self._by_rows(x, groups, rows.count, args, kwargs)
+        elif active is not None and active in self.lambda_d and self.merged is None:
+            return self._by_one(x, active, args, kwargs)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
@@ -218,6 +218,10 @@ class VeraLayer(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._norms = _Norms()  # of weights that are about to be moved or cast: let them go
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._norms = _Norms()  # compiled code does not look whether the weight is another
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Sizes, and the names of the adapters."""

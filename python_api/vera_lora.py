@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .vera_base import is_conv1d
 from .vera_config import VeraConfig
+from .vera_file import whole
 from .vera_keys import PREFIX
 from .vera_layer import VeraLayer
 
@@ -34,12 +35,13 @@ def lora_adapter(
         "bias": {"vera_only": "lora_only"}.get(config.bias, config.bias),
         "modules_to_save": config.modules_to_save,
         "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
     }
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         matrices = layer.state.adapters[name].matrices
         vectors = layer.vectors(name)
-        d, b = vectors["lambda_d"].detach(), vectors["lambda_b"].detach()
+        d, b = whole(vectors["lambda_d"]), whole(vectors["lambda_b"])
         A, B = matrices.on(d.device, d.dtype)
         tensors[f"{PREFIX}{path}.lora_A.weight"] = d.unsqueeze(1) * A[:, : layer.in_features]
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b.unsqueeze(1) * B[: layer.out_features]

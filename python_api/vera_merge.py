@@ -23,7 +23,8 @@ class MergedAdapter:
         self.name = name
         self.active = active
         self.originals: dict[str, tuple[VeraLayer, nn.Parameter]] = {}
-        self.unloaded: dict[str, nn.Module] = {}
+        self.unloaded: dict[str, tuple[nn.Module, nn.Module]] = {}
+        """path -> what was there, and what took its place"""
 
     @classmethod
     def of(
@@ -57,6 +58,18 @@ class MergedAdapter:
                 original.data = original.data.to(merged.device, merged.dtype)
             layer.base_layer.weight = original
             layer.merged = layer.state.merged = None
+
+
+def check_whole(op: str, model: nn.Module) -> None:
+    """Refuse a model that FSDP shards: it would not know what is put in its weights' places."""
+    for path, module in model.named_modules():
+        sharded = [key for key, p in module._parameters.items() if hasattr(p, "full_tensor")]
+        if sharded or any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            place = ".".join(filter(None, [path, *sharded[:1]])) or "the model"
+            raise ValueError(
+                f"{op}: expected weights that are whole, got {place}, which is sharded; save the "
+                "adapter, and load it into a model that is not"
+            )
 
 
 def _held_weight(op: str, path: str, base: nn.Module) -> nn.Parameter:

@@ -15,18 +15,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .vera_adapters import AdapterSet, NewAdapter
 from .vera_backward import remember
+from .vera_base import base_device
 from .vera_config import VeraConfig
 from .vera_file import INIT, read_adapter, write_adapter
 from .vera_keys import A_KEY, B_KEY, AdapterTensors, sorted_tensors
 from .vera_layer import VeraLayer
 from .vera_lora import lora_adapter
-from .vera_merge import MergedAdapter
+from .vera_merge import MergedAdapter, check_whole
 from .vera_signature import class_for
-from .vera_start import is_drawn, new_vectors, own_config
+from .vera_start import is_drawn, named, new_vectors, own_config
 from .vera_state import BASE, NamedRows, check_names
 from .vera_targets import largest_sizes, with_head, with_present_names
 
 OP = "VeraModel"
+
+OF_PEFT = {
+    "active_adapters": "one is active: active_adapter",
+    "add_weighted_adapter": "give the rows of a batch their adapters by adapter_names",
+    "disable_adapter_layers": "with model.disable_adapter(): or set_adapter(None)",
+    "disable_adapters": "with model.disable_adapter(): or set_adapter(None)",
+    "enable_adapter_layers": "set_adapter(name)",
+    "enable_adapters": "set_adapter(name)",
+    "get_adapter_state_dict": "save_pretrained(folder) writes it",
+    "get_base_model": "the model itself is model.model",
+    "get_nb_trainable_parameters": "print_trainable_parameters(), or sum over parameters()",
+    "merge_adapter": "here it is merge()",
+    "peft_config": "adapters maps names to configurations",
+    "push_to_hub": "save_pretrained(folder), and upload the folder",
+    "unload": "delete_adapter, or merge_and_unload",
+    "unmerge_adapter": "here it is unmerge()",
+}
+"""What PEFT's models have under other names; the model's own of these names would mislead."""
 
 
 def get_vera_model(
@@ -107,11 +126,7 @@ class VeraModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if isinstance(model, VeraModel) or any(isinstance(m, VeraLayer) for m in model.modules()):
-            raise ValueError(
-                f"{OP}: model: expected a model without VeRA adapters, got one that has some; "
-                "add_adapter adds another"
-            )
+        _check_bare(model)
         self.model = model
         self.shared = nn.ModuleDict()
         self._adapters = AdapterSet(model, self.shared)
@@ -122,37 +137,45 @@ class VeraModel(nn.Module):
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What the model gives, with the active adapter, or with one for every row."""
         state = self._adapters.state
-        active, rows = state.active, state.rows
+        rows = None
         if adapter_names is not None:
             rows = self._rows(OP, adapter_names, (args, kwargs))
-        before, state.rows = state.rows, rows
-        if not is_compiling():
-            state.shared_input.forget()  # one call's graph may be freed before another's
-        try:
+        if is_compiling():
+            before, state.rows = state.rows, state.rows if rows is None else rows
+            try:
+                return self.model(*args, **kwargs)
+            finally:
+                state.rows = before
+        with state.using(rows) as choice:
             output = self.model(*args, **kwargs)
-        finally:
-            state.rows = before
-        if torch.is_grad_enabled() and not is_compiling():
-            remember(output, state, active, rows)
+            if torch.is_grad_enabled():
+                remember(output, state, *choice)
         return output
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
         """The model's own ``generate``, with an adapter for every sequence if names are given."""
-        if adapter_names is None:
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-        rows = self._rows(f"{OP}.generate", adapter_names, (args, kwargs))
-        state = self._adapters.state
-        with state.using(state.active, rows):
+        rows = None
+        if adapter_names is not None:
+            rows = self._rows(f"{OP}.generate", adapter_names, (args, kwargs))
+        with self._adapters.state.using(rows):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def _rows(self, op: str, names: Sequence[str], inputs: Any) -> NamedRows:
         check_names(op, names, inputs)
         self._check_unmerged(op)
-        for name in dict.fromkeys(names):
-            if name != BASE:
-                self._adapters.check_known(op, "adapter_names", name)
+        if self._adapters.state.is_disabled:
+            raise ValueError(
+                f"{op}: adapter_names: expected None within disable_adapter(), got {names!r}"
+            )
+        known = [BASE, *self.adapters]
+        rows = [i for i, name in enumerate(names) if name not in known]
+        if rows:
+            raise ValueError(
+                f"{op}: adapter_names: expected some of {known}, got {names[rows[0]]!r} in row "
+                f"{rows[0]}"
+            )
         device = next((pair.A.device for pair in self._adapters.pairs()), torch.device("cpu"))
         return NamedRows(names, self._adapters.state, device)
 
@@ -160,8 +183,12 @@ class VeraModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Within, the model is the base model, but for biases that an adapter trains."""
         self._check_unmerged(f"{OP}.disable_adapter")
-        with self._adapters.state.using(None, None):
+        state = self._adapters.state
+        before, state.is_disabled = state.is_disabled, True
+        try:
             yield
+        finally:
+            state.is_disabled = before
 
     # adapters
 
@@ -192,7 +219,7 @@ class VeraModel(nn.Module):
                 changed.
         """
         op = f"{OP}.add_adapter"
-        config = with_head(self.model, own_config(op, config))
+        config = with_head(self.model, named(own_config(op, config), self.model))
         self._check_unmerged(op)
         targets, saved = self._adapters.places(op, adapter_name, config)
         matrices = self._adapters.matrices(config, targets)
@@ -242,7 +269,10 @@ class VeraModel(nn.Module):
         return adapted
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter away; if it was active, the model is the base model."""
+        """Take an adapter away; if it was active, the model is the base model.
+
+        Biases that it trained belong to the model: they stay as they are, frozen.
+        """
         op = f"{OP}.delete_adapter"
         self._check_unmerged(op)
         self._adapters.check_known(op, "adapter_name", adapter_name)
@@ -279,6 +309,8 @@ class VeraModel(nn.Module):
         save_projection: bool | None = None,
     ) -> None:
         """Write an adapter into a folder, in PEFT's format.
+
+        Of a model that is sharded (FSDP2) on all ranks: each gathers it, and writes the same.
 
         PEFT reads what is of type VERA. It refuses DVoRA, which it cannot compute (write that with
         :meth:`to_lora`), and matrices that are not saved and that it would draw otherwise.
@@ -335,24 +367,41 @@ class VeraModel(nn.Module):
         Over half-precision weights what is smaller than their spacing is rounded away.
 
         Raises:
-            ValueError: there is no such adapter, another is merged, a base weight is quantised, or
-                a merged weight would not be finite; nothing is changed.
+            ValueError: there is no such adapter, another is merged, a base weight is quantised or
+                sharded, or a merged weight would not be finite; nothing is changed.
         """
         op = f"{OP}.merge"
         self._check_unmerged(op)
+        if self._adapters.state.is_disabled:
+            raise ValueError(f"{op}: expected adapters in use, got a call within disable_adapter()")
+        check_whole(op, self)
         name = self._named(op, adapter_name)
         state = self._adapters.state
         self._merged = MergedAdapter.of(op, name, state.active, self._adapters.targets(name))
         state.active = name
 
     def unmerge(self) -> None:
-        """Put the base weights back, bit for bit, and the adapters that were unloaded."""
-        if self._merged is None:
-            raise ValueError(f"{OP}.unmerge: expected a merged adapter, got none")
-        for path, module in self._merged.unloaded.items():
+        """Put the base weights back, bit for bit, and the adapters that were unloaded.
+
+        Raises:
+            ValueError: nothing is merged, or others were put into the unloaded model's layers.
+        """
+        op = f"{OP}.unmerge"
+        merged = self._merged
+        if merged is None:
+            raise ValueError(f"{op}: expected a merged adapter, got none")
+        for path, (_, left) in merged.unloaded.items():
+            if self.model.get_submodule(path) is not left:
+                raise ValueError(
+                    f"{op}: expected the model that merge_and_unload left, got "
+                    f"{type(self.model.get_submodule(path)).__name__} in {path}"
+                )
+        for path, (module, left) in merged.unloaded.items():
+            module.train(left.training)
+            module.to(base_device(left))
             self._adapters.replace(path, module)
-        self._merged.undo()
-        self._adapters.state.active = self._merged.active
+        merged.undo()
+        self._adapters.state.active = merged.active
         self._merged = None
 
     def merge_and_unload(self, adapter_name: str | None = None) -> nn.Module:
@@ -361,12 +410,19 @@ class VeraModel(nn.Module):
             self.merge(adapter_name)
         merged = self._merged
         assert merged is not None
-        for path, layer in self._adapters.layers().items():
-            merged.unloaded[path] = layer
-            self._adapters.replace(path, layer.base_layer)
+        if adapter_name not in (None, merged.name):
+            raise ValueError(
+                f"{OP}.merge_and_unload: adapter_name: expected {merged.name!r}, which is merged, "
+                f"got {adapter_name!r}"
+            )
+        places: dict[str, tuple[nn.Module, nn.Module]] = {
+            path: (layer, layer.base_layer) for path, layer in self._adapters.layers().items()
+        }
         for path, module in self._adapters.trained().items():
-            merged.unloaded[path] = module
-            self._adapters.replace(path, module.of(merged.name))
+            places[path] = module, module.of(merged.name)
+        for path, (_, left) in places.items():
+            self._adapters.replace(path, left)
+        merged.unloaded |= places
         return self.model
 
     # within
@@ -378,10 +434,17 @@ class VeraModel(nn.Module):
         except AttributeError:
             if name == "model":  # not there yet
                 raise
-            return getattr(self.model, name)
+        if name in OF_PEFT:
+            raise AttributeError(f"{OP} has no attribute {name!r}; {OF_PEFT[name]}")
+        return getattr(self.model, name)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Parameters that are tied have the name of the first alone, as in safetensors' files."""
+        """Parameters that are tied have the name of the first alone, as in safetensors' files.
+
+        Raises:
+            ValueError: an adapter is merged; loaded into another model it would be there twice.
+        """
+        self._check_unmerged(f"{OP}.state_dict")
         found = super().state_dict(*args, **kwargs)
         prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
         for name in self._tied():
@@ -389,6 +452,7 @@ class VeraModel(nn.Module):
         return found
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._check_unmerged(f"{OP}.load_state_dict")
         for name, first in self._tied().items():
             if prefix + first in state_dict:
                 state_dict.setdefault(prefix + name, state_dict[prefix + first])
@@ -427,6 +491,26 @@ class VeraModel(nn.Module):
                 f"{op}: expected adapters that are not merged, got {self._merged.name!r} in the "
                 "base weights; unmerge() first"
             )
+
+
+def _check_bare(model: nn.Module) -> None:
+    """Refuse a model whose layers are not its own."""
+    if isinstance(model, VeraModel) or any(isinstance(m, VeraLayer) for m in model.modules()):
+        raise ValueError(
+            f"{OP}: model: expected a model without VeRA adapters or a pool of them, got one that "
+            "has some; add_adapter of its VeraModel (a pool's is pool.model) adds another"
+        )
+    if any(type(m).__module__.startswith("peft.") for m in model.modules()):
+        raise ValueError(
+            f"{OP}: model: expected a model without PEFT's adapters, got {type(model).__name__}; "
+            "accelerate_peft speeds it up as it is, and VeraModel.from_pretrained loads its files "
+            "over the bare model"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError(
+            f"{OP}: model: expected a model that is not compiled, got one that is; adapt it first, "
+            "then compile what you get"
+        )
 
 
 def _empty(model: type[nn.Module]) -> VeraModel:

@@ -36,6 +36,8 @@ class SharedMatrices(nn.Module):
         self.register_buffer("A", A, persistent=persistent)
         self.register_buffer("B", B, persistent=persistent)
         self._copies = _Copies()
+        self.pools = _Pools()
+        """Those whose adapters take them, though none of the model may."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._copies = _Copies()  # of matrices that are about to be moved or cast
@@ -99,6 +101,13 @@ class _Copies:
 
     def __reduce__(self) -> Any:
         return _Copies, ()
+
+
+class _Pools(weakref.WeakSet[Any]):
+    """Never saved or copied: a pool is of one model."""
+
+    def __reduce__(self) -> Any:
+        return _Pools, ()
 
 
 class SharedInput:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, TypeVar
+import weakref
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 Owner = TypeVar("Owner", bound=nn.Module)
-_MADE: dict[tuple[Any, Any], Any] = {}
+# A class refers to that of its model: it goes, and that with it, when no model of it is left.
+_MADE: weakref.WeakValueDictionary[tuple[Any, Any], Any] = weakref.WeakValueDictionary()
 
 
 def class_for(owner: type[Owner], model: type[nn.Module]) -> type[Owner]:
@@ -18,10 +20,10 @@ def class_for(owner: type[Owner], model: type[nn.Module]) -> type[Owner]:
     It has the model's name in its own, and gives it as its name: Trainer takes from them what the
     labels of answers to questions are called, and that those of a language model are shifted.
     """
-    if (owner, model) not in _MADE:
-        _MADE[owner, model] = _made(owner, model)
-    made: type[Owner] = _MADE[owner, model]
-    return made
+    made = _MADE.get((owner, model))
+    if made is None:
+        made = _MADE[owner, model] = _made(owner, model)
+    return cast("type[Owner]", made)
 
 
 def _made(owner: type[nn.Module], model: type[nn.Module]) -> type[nn.Module]:

@@ -28,6 +28,12 @@ def own_config(op: str, config: Any) -> VeraConfig:
     raise TypeError(f"{op}: config: expected a VeraConfig, got {type(config).__name__}")
 
 
+def named(config: VeraConfig, model: nn.Module) -> VeraConfig:
+    """With what the model was loaded from, if transformers remembers it."""
+    name = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
+    return dataclasses.replace(config, base_model_name_or_path=name)
+
+
 def new_vectors(
     config: VeraConfig, target: nn.Module, matrices: SharedMatrices
 ) -> dict[str, Tensor]:

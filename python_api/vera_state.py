@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -55,6 +56,17 @@ class Rows(Protocol):
         """The rows of the batch."""
 
 
+class Choice:
+    """What a backward pass computes again with."""
+
+    def __init__(self, active: str | None, rows: Rows | None) -> None:
+        self.active = active
+        self.rows = rows
+
+    def end(self) -> None:
+        """Nothing: who is to call this when the pass ends lets go of it then, or if it fails."""
+
+
 class AdapterState:
     """One per model; every adapted layer refers to it.
 
@@ -62,17 +74,34 @@ class AdapterState:
         adapters: name -> adapter.
         active: the adapter of all rows where ``rows`` is None; None for the base model.
         rows: an adapter for every row.
+        is_disabled: whether the base model is wanted, whatever is active.
         merged: the adapter in the base weights.
-        passes: what puts ``active`` and ``rows`` back when a backward pass that is under way ends.
+        turn: held while the model is called: its layers ask here which adapter that is for.
+        passes: number of a backward pass that is under way -> what is computed again in it.
+        first: the adapter that the first call of the model took, by its ``id``.
+        has_varied: whether another call took another, or an adapter for every row.
     """
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
         self.active: str | None = None
         self.rows: Rows | None = None
+        self.is_disabled = False
         self.merged: str | None = None
         self.shared_input = SharedInput()
-        self.passes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._start()
+
+    def _start(self) -> None:
+        """What neither a copy nor a pickle has."""
+        self.turn = threading.RLock()
+        self.passes: weakref.WeakValueDictionary[int, Choice] = weakref.WeakValueDictionary()
+        self.first: int | None = None
+        self.has_varied = False
+
+    @property
+    def chosen(self) -> str | None:
+        """The adapter of all rows; None for the base model."""
+        return None if self.is_disabled else self.active
 
     def name_of(self, name: str, adapter: Adapter) -> str:
         """What an adapter is called now: it may have another name than when it was chosen.
@@ -98,24 +127,61 @@ class AdapterState:
         )
 
     @contextlib.contextmanager
-    def using(self, active: str | None, rows: Rows | None) -> Iterator[None]:
-        """Another choice, for the calls within."""
-        before = self.active, self.rows
-        self.active, self.rows = active, rows
-        try:
-            yield
-        finally:
-            self.active, self.rows = before
+    def using(self, rows: Rows | None) -> Iterator[tuple[str | None, Rows | None]]:
+        """A call of the model: with an adapter for every row, or with what ``current`` says.
+
+        Calls take turns. One within a backward pass is of an activation checkpoint around it.
+        """
+        with self.turn:
+            active, rows = self.current() if rows is None else (None, rows)
+            name = active if active in self.adapters else None
+            taken = 0 if name is None else id(self.adapters[name])
+            self.first = taken if self.first is None else self.first
+            self.has_varied |= rows is not None or taken != self.first
+            self.shared_input.forget()  # one call's graph may be freed before another's
+            task = torch._C._current_graph_task_id()
+            choice, before = Choice(active, rows), (self.rows, self.passes.get(task))
+            self.rows = rows
+            if task != -1:
+                self.passes[task] = choice
+            try:
+                yield active, rows
+            finally:
+                self.rows = before[0]
+                if before[1] is not None:
+                    self.passes[task] = before[1]
+                elif task != -1:
+                    self.passes.pop(task, None)
+
+    def current(self) -> tuple[str | None, Rows | None]:
+        """The adapter of all rows, or that of every row, for whoever computes now.
+
+        In a backward pass, where an activation checkpoint computes again, those of its own call.
+        """
+        if not is_compiling():
+            task = torch._C._current_graph_task_id()
+            under_way = [] if task == -1 else list(self.passes.values())
+            choice = None if task == -1 else self.passes.get(task)
+            if choice is None and len(under_way) == 1:
+                choice = under_way[0]  # of the pass that this one, a reentrant checkpoint's, is in
+            if choice is not None:
+                return choice.active, choice.rows
+            if task != -1 and self.has_varied:
+                raise ValueError(
+                    "VeraModel: expected a backward pass through what the model returned, because "
+                    "an activation checkpoint computes again in it and calls of the model took "
+                    "different adapters; got one through another tensor, such as a hook's"
+                )
+        return self.chosen, self.rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: None if key == "rows" else value
-            for key, value in self.__dict__.items()
-            if key != "passes"
-        }
+        own = ("passes", "turn", "first", "has_varied")
+        kept = {key: value for key, value in self.__dict__.items() if key not in own}
+        return {**kept, "rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, passes=weakref.WeakValueDictionary())
+        self.__dict__.update(state)
+        self._start()
 
 
 class Refused:
@@ -139,7 +205,9 @@ def check_names(op: str, names: Any, inputs: Any) -> None:
     """Refuse what is no list of a name for every row of the inputs, where there are inputs."""
     is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names)
     if not is_list or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{op}: adapter_names: expected a name for every row, got {names!r}")
+        raise TypeError(
+            f"{op}: adapter_names: expected a name for every row, {BASE!r} for none, got {names!r}"
+        )
     tensors = [x for x in _pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim]
     if tensors and all(x.shape[0] != len(names) for x in tensors):
         raise ValueError(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .vera_base import is_conv1d, linear_sizes
+from .vera_base import is_conv1d, is_linear, linear_sizes
 from .vera_config import VeraConfig
 from .vera_layer import VeraLayer
 from .vera_trained import TrainedModule
@@ -27,6 +27,8 @@ SHORTENED = 20
 paths, ``layers_to_transform`` applies."""
 ORIGINAL = "original_module"
 """What a module that an adapter trains whole is called in what stands in its place."""
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules without a forward."""
 LISTED = 12
 """Names of modules that an error lists."""
 
@@ -64,26 +66,37 @@ def find_targets(op: str, model: nn.Module, config: VeraConfig) -> dict[str, nn.
                 f"{op}: target_modules: expected names of modules {place}, got "
                 f"{missing}; linear layers here end in {_some(_last_names(modules))}"
             )
-        found = {n: m for n, m in found.items() if n in wanted or _transformed(op, n, config)}
-    others = [name for name, m in found.items() if not _is_target(name, base_of(m), modules)]
+        own = {n: m for n, m in found.items() if n in wanted or _transformed(op, n, config)}
+        if found and not own:
+            raise ValueError(
+                f"{op}: layers_to_transform: expected numbers of layers that have "
+                f"{', '.join(wanted)}, got {config.layers_to_transform} of {_some(list(found))}"
+            )
+        found = own
+    others = [name for name, m in found.items() if not _is_target(name, m, modules)]
     if others:
         kinds = _some([f"{name} ({type(found[name]).__name__})" for name in others])
         raise ValueError(f"{op}: target_modules: expected linear layers, got {kinds}")
     if not found:
+        is_pattern = isinstance(wanted, str) and wanted.lower() != ALL_LINEAR
+        hint = f" (a regular expression for whole paths; [{wanted!r}] is a name)" * is_pattern
         raise ValueError(
-            f"{op}: target_modules: expected to fit at least one linear layer, got {wanted!r}; "
-            f"linear layers here end in {_some(_last_names(modules))}"
+            f"{op}: target_modules: expected to fit at least one linear layer, got {wanted!r}{hint}"
+            f"; linear layers here end in {_some(_last_names(modules))}"
         )
     return found
 
 
 def _is_target(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether it is a linear layer, and one that is called.
+    """Whether it is a linear layer, adapted or not, and one that is called."""
+    if _is_read(path, modules) or linear_sizes(base_of(module)) is None:
+        return False
+    return isinstance(module, VeraLayer) or is_linear(module)
 
-    PyTorch's attention reads the weight of its last one, so an adapter would have no effect.
-    """
-    is_read = isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
-    return linear_sizes(module) is not None and not is_read
+
+def _is_read(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether PyTorch's attention reads its weight, so that an adapter would have no effect."""
+    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def largest_sizes(targets: Mapping[str, nn.Module]) -> tuple[int, int]:
@@ -116,6 +129,14 @@ def modules_named(op: str, model: nn.Module, names: Sequence[str]) -> dict[str, 
     if missing:
         raise ValueError(
             f"{op}: modules_to_save: expected names of modules of the model, got {missing}"
+        )
+    others = [path for path, module in found.items() if isinstance(module, CONTAINERS)]
+    others += [path for path in found if _is_read(path, modules)]
+    if others:
+        kinds = _some([f"{path} ({type(found[path]).__name__})" for path in others])
+        raise ValueError(
+            f"{op}: modules_to_save: expected modules that are called, got {kinds}, of which the "
+            "modules or weights within are used instead"
         )
     return found
 
@@ -176,7 +197,7 @@ def _all_linear(
         name: module
         for name, module in modules.items()
         if (isinstance(base_of(module), nn.Linear) or is_conv1d(base_of(module)))
-        and _is_target(name, base_of(module), modules)
+        and _is_target(name, module, modules)
         and not (head is not None and base_of(module) is base_of(head))
     }
 
@@ -188,7 +209,8 @@ def _transformed(op: str, path: str, config: VeraConfig) -> bool:
         return True
     patterns = config.layers_pattern
     if not patterns:
-        regexes = [r".*?\.[^.]*\.(?P<number>\d+)\."]  # the first number, but not at the outermost
+        # the first number, but not at the outermost
+        regexes = [r".*?\.[^.]*\.(?P<number>\d+)\."]
     else:
         patterns = [patterns] if isinstance(patterns, str) else patterns
         regexes = [rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\." for pattern in patterns]

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from fmkernels.api import AdapterPool, UnknownAdapterError, VeraConfig, VeraModel, get_vera_model
+from fmkernels.api import (
+    AdapterPool,
+    UnknownAdapterError,
+    VeraConfig,
+    VeraModel,
+    adapter_pool,
+    get_vera_model,
+)
 
 LAYERS = {"0": (12, 20), "2": (20, 8)}
 RANK = 6
@@ -111,6 +120,74 @@ def test_a_merged_model_is_refused():
         pool(X, adapter_names=["a"] * 5)
     model.unmerge()
     assert torch.equal(pool(X, adapter_names=["a"] * 5), before)
+
+
+@pytest.mark.parametrize("unload", [False, True])
+def test_no_pool_is_made_nor_filled_over_merged_weights(tmp_path, unload):
+    """Its layers would be lost when the adapter is taken out, and its norms another weight's."""
+    model = alone(vectors(1))
+    alone(vectors(2)).save_pretrained(tmp_path)
+    pool = AdapterPool(model, config(use_dora=True), capacity=2, dtype=torch.float64)
+    model.merge_and_unload() if unload else model.merge()
+    for op, call in (
+        ("AdapterPool", lambda: AdapterPool(model, config(), capacity=2)),
+        ("AdapterPool.put", lambda: pool.put("a", vectors(2, dora=True))),
+        ("AdapterPool.load", lambda: pool.load("a", tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=f"^{op}: expected adapters that are not merged"):
+            call()
+    assert pool.names == []
+    model.unmerge()
+    pool.put("a", vectors(2, dora=True))
+    with torch.no_grad():
+        y = pool(X, adapter_names=["a"] * 5)
+        torch.testing.assert_close(y, alone(vectors(2, True), True)(X), rtol=1e-12, atol=1e-12)
+
+
+def test_without_memory_for_the_tables_the_model_is_what_it_was():
+    model = mlp()
+    with pytest.raises(RuntimeError):
+        AdapterPool(model, config(), capacity=10**14)
+    assert [type(module) for module in model] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert len(AdapterPool(model, config(), capacity=1).model.shared) == 1
+
+
+def test_where_the_model_was_moved_to_the_pool_refuses_to_work():
+    pool = pool_of(1, 2)
+    pool.model.to("meta")
+    for call in (
+        lambda: pool(X, adapter_names=["a0"] * 5),
+        lambda: pool.put("a1", vectors(1)),
+    ):
+        with pytest.raises(ValueError, match=r"expected the model on cpu, .*got one on meta"):
+            call()
+    assert pool.names == ["a0"]
+
+
+def test_adapters_of_the_model_that_go_leave_a_pool_its_matrices():
+    model = alone(vectors(1))
+    model.add_adapter("other", config(projection_prng_key=1, init="position"))
+    pool = AdapterPool(model, config(), capacity=2, dtype=torch.float64)
+    pool.put("a", vectors(2))
+    before = pool(X, adapter_names=["a"] * 5)
+    model.delete_adapter("default")
+    model.delete_adapter("other")
+    assert len(model.shared) == 1  # the pool's, not the other's
+    assert torch.equal(pool(X, adapter_names=["a"] * 5), before)
+    assert {f"shared.r6_kaiming_uniform_0_20x20.{k}" for k in "AB"} <= model.state_dict().keys()
+    model.to(torch.float32)
+    assert pool(X.float(), adapter_names=["a"] * 5).dtype == torch.float32
+    assert pool._matrices.A.dtype == torch.float32
+    copied = copy.deepcopy(model)  # no pool is of this one
+    model.add_adapter("again", config())
+    assert len(model.shared) == 1
+    copied.add_adapter("again", config())
+    copied.delete_adapter("again")
+    assert len(copied.shared) == 0
+    del pool
+    gc.collect()
+    model.delete_adapter("again")
+    assert len(model.shared) == 0
 
 
 def test_the_one_asked_for_longest_ago_is_evicted():
@@ -236,6 +313,158 @@ def test_threads_that_call_load_and_evict_at_once():
     assert len(pool) == 6
 
 
+def test_pools_of_one_model_and_direct_calls_take_turns():
+    model = alone(vectors(1))
+    pools = [
+        AdapterPool(model, config(projection_prng_key=seed), capacity=2, dtype=torch.float64)
+        for seed in (0, 1)
+    ]
+    for seed, pool in enumerate(pools):
+        pool.put("a", vectors(seed + 2))
+    calls = [
+        lambda: pools[0](X, adapter_names=["a"] * 5),
+        lambda: pools[1](X, adapter_names=["a", "a", "__base__", "a", "__base__"]),
+        lambda: pools[0].model(X),
+    ]
+    model.model[1].register_forward_hook(lambda *_: time.sleep(0.002))  # others go on then
+    with torch.no_grad():
+        expected = [call() for call in calls]
+    assert not any(torch.allclose(expected[i], expected[i - 1]) for i in range(3))
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            with torch.no_grad():
+                y = calls[number]()
+            if not torch.allclose(y, expected[number], rtol=1e-10, atol=1e-12):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert model._adapters.state.rows is None
+
+
+class Stop(BaseException):
+    """As an interruption from the keyboard."""
+
+
+@pytest.mark.parametrize("name", ["new", "a0", "a1"])
+@pytest.mark.parametrize("free", [0, 1])
+def test_an_adapter_that_cannot_be_written_leaves_the_pool_as_it_was(monkeypatch, name, free):
+    pool = pool_of(2, 2 + free)
+    names = ["a0", "a1"] * 2
+    with torch.no_grad():
+        before = pool(X[:4], adapter_names=names)
+        write, calls = adapter_pool._Tables.write, []
+
+        def failing(self, slot, row):
+            calls.append(slot)
+            if len(calls) == 2:  # the first layer is written
+                self.lambda_d[slot] = 7
+                raise Stop
+            write(self, slot, row)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(adapter_pool._Tables, "write", failing)
+            with pytest.raises(Stop):
+                pool.put(name, vectors(9))
+        assert pool.names == ["a0", "a1"]
+        assert len(pool._free) == free
+        assert torch.equal(pool(X[:4], adapter_names=names), before)
+        pool.put("more", vectors(5))
+        pool.put("most", vectors(6))
+        assert len(pool) == 2 + free
+        y = pool(X, adapter_names=["most"] * 5)
+        torch.testing.assert_close(y, alone(vectors(6))(X), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("key", ["lambda_d", "lambda_b", "magnitude"])
+def test_what_is_not_finite_in_the_dtype_of_the_pool_is_refused(key):
+    pool = AdapterPool(mlp(), config(use_dora=True), capacity=2, dtype=torch.float16)
+    own = vectors(1, dora=True)
+    pool.put("a", own)
+    own["2"][key][3] = 1e6
+    with pytest.raises(ValueError, match=rf"put: vectors: .*finite in .*float16, got {key}.* of 2"):
+        pool.put("b", own)
+    assert pool.names == ["a"]
+    wide = AdapterPool(mlp(), config(use_dora=True), capacity=2, dtype=torch.bfloat16)
+    wide.put("b", own)
+    own["2"][key][3] = torch.nan
+    with pytest.raises(ValueError, match=rf"finite in .*bfloat16, got {key}"):
+        wide.put("b", own)
+
+
+def saved(folder, path, **changes):
+    """A model with an adapter in the files of a folder."""
+    model = get_vera_model(mlp(), config(**changes), "a")
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.adapter_parameters("a"):
+        parameter.data.normal_(generator=generator)
+    model.save_pretrained(folder / path, "a")
+    return model
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("save_projection", [False, True])
+@pytest.mark.parametrize("changes", [{"target_modules": ["0"]}, {"r": 3}], ids=["smaller", "rank"])
+def test_positional_matrices_that_are_a_corner_of_the_pools(
+    tmp_path, dora, save_projection, changes
+):
+    own = {"init": "position", "save_projection": save_projection, "use_dora": dora}
+    model = saved(tmp_path, "a", **own, **changes)
+    pool = pool_of(0, 2, init="position", use_dora=dora)
+    pool.load("a", tmp_path / "a")
+    with torch.no_grad():
+        y = pool(X, adapter_names=["a"] * 5)
+        torch.testing.assert_close(y, model(X), rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(y, mlp()(X))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"r": 7}, {"projection_prng_key": 1}, {"init": "kaiming_uniform"}],
+    ids=["rank", "seed", "init"],
+)
+@pytest.mark.parametrize("save_projection", [False, True])
+def test_positional_matrices_that_are_no_corner_are_refused(tmp_path, changes, save_projection):
+    saved(tmp_path, "a", **{"init": "position", "save_projection": save_projection, **changes})
+    pool = pool_of(0, 2, init="position")
+    with pytest.raises(ValueError, match="load: path: expected the matrices of the pool"):
+        pool.load("a", tmp_path / "a")
+    assert len(pool) == 0
+
+
+def test_files_of_a_wider_model_are_loaded_for_layers_of_the_pool(tmp_path):
+    """The matrices in a file may be larger: what no layer takes of them does not matter."""
+    model = saved(tmp_path, "a", init="position", target_modules=["0"])
+    wider = get_vera_model(mlp(), config(init="position"), "a")
+    (pair,), (wide,) = model._adapters.pairs(), wider._adapters.pairs()
+    pair.A, pair.B = wide.A, wide.B
+    model.save_pretrained(tmp_path / "wide", "a")
+    pool = AdapterPool(
+        mlp(), config(init="position", target_modules=["0"]), capacity=1, dtype=torch.float64
+    )
+    pool.load("a", tmp_path / "wide")
+    with torch.no_grad():
+        y = pool(X, adapter_names=["a"] * 5)
+        torch.testing.assert_close(y, model(X), rtol=1e-12, atol=1e-12)
+
+
+def test_a_file_for_other_layers_is_refused(tmp_path):
+    saved(tmp_path, "a", init="position")
+    pool = AdapterPool(
+        mlp(), config(init="position", target_modules=["0"]), capacity=1, dtype=torch.float64
+    )
+    with pytest.raises(
+        ValueError, match=r"^AdapterPool\.load: path: expected layers of the pool, got 2"
+    ):
+        pool.load("a", tmp_path / "a")
+
+
 def test_what_peft_and_save_pretrained_wrote_is_loaded(tmp_path):
     model = alone(vectors(3))
     model.save_pretrained(tmp_path / "a")
@@ -267,7 +496,7 @@ def test_dvora_is_loaded(tmp_path):
         ({"target_modules": ["0"]}, "expected the matrices of the pool"),
         (
             {"use_dora": True},
-            "expected lambda_d, lambda_b for 0, got lambda_d, lambda_b, magnitude",
+            r"load: path: expected a VeRA adapter in .*, got a DVoRA one; .*use_dora=True takes it",
         ),
         ({"bias": "all"}, "expected an adapter of vectors alone"),
         (
@@ -287,7 +516,18 @@ def test_another_kind_of_adapter_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("own", "error", "message"),
     [
+        (None, TypeError, r"AdapterPool\.put: vectors: expected a mapping .*, got NoneType"),
+        ([1], TypeError, "vectors: expected a mapping from paths of layers .*, got list"),
+        ({"0": None}, TypeError, r"vectors\['0'\]: expected a mapping .*, got NoneType"),
+        ({"0": [1, 2]}, TypeError, r"vectors\['0'\]: expected a mapping .*, got list"),
+        (
+            {"0": {"lambda_d": [1] * RANK, "lambda_b": torch.rand(20)}},
+            TypeError,
+            r"vectors\['0'\]\['lambda_d'\]: expected a torch.Tensor, got list",
+        ),
+        (vectors(1, dora=True), ValueError, "got lambda_d, .*magnitude; .*use_dora=True takes it"),
         ({"1": {}}, ValueError, "vectors: expected layers of the pool, got 1"),
+        ({1: {}}, ValueError, "vectors: expected layers of the pool, got 1"),
         ({"0": {"lambda_d": torch.rand(RANK)}}, ValueError, "expected lambda_d, lambda_b for 0"),
         (
             {"0": {"lambda_d": torch.rand(5), "lambda_b": torch.rand(20)}},
@@ -369,3 +609,12 @@ def test_an_adapter_of_llama_7b_takes_2_8_megabytes_in_bfloat16():
     pool = AdapterPool(llama, own, capacity=1000, dtype=torch.bfloat16)
     assert pool.bytes_per_adapter == 2 * 32 * (7 * 256 + 5 * 4096 + 2 * 11008)
     assert pool.bytes_per_adapter / 1e6 == pytest.approx(2.83, abs=0.01)
+
+
+def test_a_pool_serves_in_evaluation_mode_and_without_gradients():
+    model = nn.Sequential(nn.Linear(12, 20), nn.Dropout(0.5), nn.Linear(20, 8)).double().train()
+    pool = AdapterPool(model, config(), capacity=2, dtype=torch.float64)
+    pool.put("a", vectors(1))
+    y = pool(X, adapter_names=["a"] * 5)
+    assert not y.requires_grad
+    assert torch.equal(pool(X, adapter_names=["a"] * 5), y)

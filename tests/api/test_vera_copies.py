@@ -26,6 +26,12 @@ def adapted(base=None, **changes):
     return randomize_vectors(model)
 
 
+def pair_of(model):
+    """The only A and B."""
+    (pair,) = model.shared.values()
+    return pair
+
+
 @torch.no_grad()
 def answers(model, adapter_names=("second", "default", "__base__")):
     return model(**inputs_for(model), adapter_names=list(adapter_names)).logits
@@ -50,7 +56,7 @@ def test_deepcopy():
     assert not torch.equal(changed[0], expected[0])
     assert torch.equal(changed[2], expected[2])
     before = answers(model, ["second", "second", "__base__"])
-    copied.shared["pair0"].A.zero_()  # those that its layers take
+    pair_of(copied).A.zero_()  # those that its layers take
     assert not torch.equal(answers(copied, ["second", "second", "__base__"])[0], changed[0])
     assert torch.equal(answers(model, ["second", "second", "__base__"]), before)
 
@@ -109,12 +115,72 @@ def test_state_dict(save_projection, assign):
         for parameter in other.parameters():
             parameter.add_(0.1)
         if save_projection:
-            other.shared["pair0"].A.zero_()
+            pair_of(other).A.zero_()
     assert not torch.equal(answers(other), answers(model))
     assert str(other.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
     assert torch.equal(answers(other), answers(model))
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict({k: v for k, v in state.items() if "lambda_d" not in k})
+
+
+def matrix_keys(model):
+    return [key for key in model.state_dict() if key.startswith("shared.")]
+
+
+@pytest.mark.parametrize("init", ["kaiming_uniform", "position"])
+def test_names_of_matrices_are_those_of_a_fresh_model_whatever_was_there_before(init):
+    seed = {"r": 5, "init": init, "projection_prng_key": 3}
+    config = VeraConfig(target_modules=["q_proj", "up_proj", "down_proj"], **seed)
+    other = VeraConfig(**{**seed, "r": 4}, target_modules=["q_proj"])
+    fresh = get_vera_model(tiny_llama(), config, "own")
+    model = get_vera_model(tiny_llama(), other, "gone")
+    model.add_adapter("own", config)
+    model.add_adapter("smaller", VeraConfig(target_modules=["up_proj"], **seed))
+    model.delete_adapter("gone")
+    model.add_adapter("later", other)
+    assert len(model.shared) == 3
+    model.delete_adapter("smaller")
+    model.delete_adapter("later")
+    name = f"shared.r5_{init}_3_24x24"
+    assert matrix_keys(model) == matrix_keys(fresh) == [f"{name}.A", f"{name}.B"]
+    randomize_vectors(model)
+    assert str(fresh.load_state_dict(model.state_dict())) == "<All keys matched successfully>"
+
+
+def test_other_matrices_of_the_same_name_are_numbered(tmp_path):
+    """As of a file whose matrices are not those of its seed."""
+    config = VeraConfig(r=4, target_modules=["q_proj"])
+    model = get_vera_model(tiny_llama(), config)
+    pair_of(model).A.mul_(2)
+    model.save_pretrained(tmp_path)
+    model = get_vera_model(tiny_llama(), config)
+    model.load_adapter(tmp_path, "second")
+    model.load_adapter(tmp_path, "third")
+    name = "r4_kaiming_uniform_0_16x16"
+    assert list(model.shared) == [name, f"{name}_2"]
+    assert torch.equal(model.shared[f"{name}_2"].A, 2 * model.shared[name].A)
+
+
+@pytest.mark.parametrize("unload", [False, True])
+def test_state_dict_of_a_merged_model_is_refused(unload):
+    """Loaded into another model, the adapter would be in the weights, and beside them again."""
+    model = adapted()
+    state = copy.deepcopy(model.state_dict())
+    model.merge_and_unload("second") if unload else model.merge("second")
+    merged = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(
+        ValueError, match=r"^VeraModel\.state_dict: expected adapters that are not m"
+    ):
+        nn.Sequential(model).state_dict()
+    with pytest.raises(ValueError, match=r"^VeraModel\.load_state_dict: expected .*unmerge\(\)"):
+        model.load_state_dict(state)
+    assert all(torch.equal(p, merged[name]) for name, p in model.named_parameters())
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each.unmerge()
+        found = each.state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(value, state[key]) for key, value in found.items())
 
 
 def test_casts_of_the_whole_model():
@@ -139,7 +205,7 @@ def test_matrices_in_the_place_of_others_are_not_those_of_before():
     x, memory = torch.randn(3, 12, dtype=torch.float64), torch.empty(4, 12)
     for _ in range(2):
         memory.normal_()
-        model.shared["pair0"].A = torch.empty(0).set_(memory.untyped_storage(), 0, memory.shape)
+        pair_of(model).A = torch.empty(0).set_(memory.untyped_storage(), 0, memory.shape)
         assert torch.equal(model(x), copy.deepcopy(model)(x))
 
 

@@ -8,15 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import vera_ddp
+from safetensors.torch import load_file
+
+from fmkernels.api import VeraModel
 
 SUPPORT = Path(__file__).parent.parent / "support"
 WORLD = 2
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Where the ranks write."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
     """What every rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
     results = [folder / f"rank{rank}.pt" for rank in range(WORLD)]
     environment = os.environ | {"PYTHONPATH": str(SUPPORT), "GLOO_SOCKET_IFNAME": "lo"}
     program = [sys.executable, "-W", "error", SUPPORT / "vera_ddp.py"]
@@ -71,6 +79,32 @@ def test_shared_matrices_are_on_every_rank_and_not_sent(ranks, dora):
             assert torch.equal(found[key, dora]["B"], expected["B"])
         assert found["ddp matrices", dora]["versions"] == found["ddp matrices", dora]["before"]
         assert set(found["fsdp sharded", dora].values()) == {"DTensor"}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_is_sharded_is_gathered_when_it_is_saved(ranks, folder, dora):
+    _, expected = alone(dora)
+    bare = vera_ddp.adapted(dora).merge_and_unload()  # of the same base weights elsewhere
+    loaded = VeraModel.from_pretrained(bare, folder / f"store.vera.{dora}", is_trainable=True)
+    found = vera_ddp.gathered(loaded)
+    torch.testing.assert_close(found, expected)
+    whole = vera_ddp.adapted(dora)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if name in found:
+                parameter.copy_(found[name])
+    whole.to_lora(folder / "whole")
+    factors = load_file(folder / f"store.lora.{dora}" / "adapter_model.safetensors")
+    torch.testing.assert_close(factors, load_file(folder / "whole" / "adapter_model.safetensors"))
+    for kind in ("vera", "lora"):
+        assert len(list((folder / f"store.{kind}.{dora}").iterdir())) == 2
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_sharded_weights_are_not_merged(ranks, dora):
+    for found in ranks:
+        words = "VeraModel.merge: expected weights that are whole, got "
+        assert found["fsdp merge", dora].startswith(words)
 
 
 def test_constants_of_dvora_are_made_once(ranks):

@@ -1,5 +1,6 @@
 """VeRA's files: what we write PEFT loads, what PEFT writes we load, and no save is left half done."""
 
+import copy
 import json
 import os
 import pickle
@@ -170,6 +171,66 @@ def test_what_we_write_peft_loads_without_a_warning(tmp_path):
     )
     gpt2.save_pretrained(tmp_path)
     peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
+
+
+def test_the_file_that_was_loaded_may_change(tmp_path):
+    """Written again in the place of the old one, as others' programs do, not under another name."""
+    config = VeraConfig(r=6, target_modules=["query"], modules_to_save=["classifier"])
+    model = randomize_vectors(get_vera_model(tiny_roberta(), config))
+    model.save_pretrained(tmp_path)
+    loaded = VeraModel.from_pretrained(tiny_roberta(), tmp_path)
+    state = {name: value.clone() for name, value in loaded.state_dict().items()}
+    with open(tmp_path / WEIGHTS, "r+b") as file:
+        file.write(bytes(os.path.getsize(tmp_path / WEIGHTS)))
+    assert_same_tensors(loaded.state_dict(), state)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+class TiedHead(nn.Module):
+    """One weight under two names, and a vector beside a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.down.weight = self.up.weight
+        self.register_buffer("row", torch.arange(8.0))
+        self.register_buffer("part", self.row[:4])
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)) * self.row)[..., :4] + self.part
+
+
+@pytest.mark.parametrize("write", ["save_pretrained", "to_lora"])
+def test_tied_weights_in_what_is_trained_whole(tmp_path, write):
+    net = nn.Sequential(nn.Linear(8, 8), TiedHead())
+    config = VeraConfig(r=4, target_modules=["0"], modules_to_save=["1"])
+    model = randomize_vectors(get_vera_model(copy.deepcopy(net), config))
+    own = model.model.get_submodule("1").of("default")
+    assert own.up.weight is own.down.weight
+    getattr(model, write)(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for name in ("up", "down"):
+        assert torch.equal(tensors[f"base_model.model.1.{name}.weight"], own.up.weight)
+    assert torch.equal(tensors["base_model.model.1.part"], torch.arange(4.0))
+    if write == "save_pretrained":
+        again = VeraModel.from_pretrained(net, tmp_path)
+        own = again.model.get_submodule("1").of("default")
+        assert own.up.weight is own.down.weight
+        x = torch.randn(3, 8)
+        assert torch.equal(again(x), model(x))
+
+
+def test_counts_in_what_is_trained_whole_stay_whole_numbers(tmp_path):
+    def net():
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+
+    config = VeraConfig(r=4, target_modules=["0"], modules_to_save=["1"])
+    model = get_vera_model(net(), config)
+    model(torch.randn(5, 6))
+    model.save_pretrained(tmp_path)
+    again = VeraModel.from_pretrained(net(), tmp_path)
+    counts = [m.model.get_submodule("1").of("default").num_batches_tracked for m in (model, again)]
+    assert counts[0] == counts[1] == 1
 
 
 def test_names_that_the_model_lacks_are_passed_over_in_files(tmp_path):
@@ -375,6 +436,11 @@ TAMPERED = [
         {f"{KEY}.vera_lambda_b": torch.zeros(16, dtype=torch.int32)},
         "of no floating dtype",
         [f"{KEY}.vera_lambda_b torch.int32"],
+    ),
+    (
+        {"base_model.model.classifier.out_proj.weight": torch.zeros(3, 16, dtype=torch.int8)},
+        "of no floating dtype",
+        ["base_model.model.classifier.out_proj.weight torch.int8"],
     ),
     (
         {A_KEY: torch.zeros(4, 16, dtype=torch.int64)},

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from vera_reference import BASE, CONFIGS, DTYPES, Net, adapted
 
-from fmkernels.api import VeraConfig
+from fmkernels.api import VeraConfig, get_vera_model
 from fmkernels.api.vera_layer import VeraLayer
 from fmkernels.testing import assert_parity
 
@@ -353,3 +353,42 @@ def test_small_updates_are_rounded_away_over_bfloat16_as_documented():
         changed = weights(model)[key] != before[key]
         assert (before[key][changed].abs() < 0.01).all()
         assert changed.float().mean() < 0.1
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 4)).double()
+    model = get_vera_model(net, VeraConfig(r=3, target_modules=["0"], vera_dropout=0.5))
+    for parameter in model.adapter_parameters("default"):
+        parameter.data.normal_()
+    return model
+
+
+def test_another_than_what_is_merged_is_not_unloaded():
+    model = small()
+    model.add_adapter("b", VeraConfig(r=3, target_modules=["0"]))
+    model.merge("default")
+    for name in ("b", "unknown"):
+        with pytest.raises(ValueError, match=rf"expected 'default', which is merged, got '{name}'"):
+            model.merge_and_unload(name)
+    assert type(model.model[0]).__name__ == "VeraLayer"
+
+
+def test_what_was_unloaded_comes_back_in_the_mode_of_the_model():
+    model, x = small().train(), torch.randn(3, 6, dtype=torch.float64)
+    model.merge_and_unload()
+    model.eval()
+    expected = model(x)
+    model.unmerge()
+    assert not model.model[0].training
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_unmerge_leaves_alone_what_was_put_into_the_unloaded_model():
+    model, x = small().eval(), torch.randn(3, 6, dtype=torch.float64)
+    bare = model.merge_and_unload()
+    other = get_vera_model(bare, VeraConfig(r=3, target_modules=["0"], init_weights=False))
+    expected = other(x)
+    with pytest.raises(ValueError, match="expected the model that merge_and_unload left, got Vera"):
+        model.unmerge()
+    assert torch.equal(other(x), expected)

@@ -113,7 +113,7 @@ def test_a_name_that_no_adapter_has(model, refuses, tmp_path, name):
 def test_names_of_a_batch(model, refuses):
     inputs = {"input_ids": torch.ones(3, 5, dtype=torch.long)}
     refuses(
-        ValueError, "expected one of .*got 'x'", model, adapter_names=["default", "x", "x"],
+        ValueError, "expected some of .*got 'x' in row 1", model, adapter_names=["default", "x", "x"],
         **inputs,
     )  # fmt: skip
     refuses(ValueError, "adapter_names: expected a name for every row, 3 of them, got 2", model,

@@ -160,7 +160,8 @@ def test_bfloat16(dora, autocast):
 def test_compiled(dora):
     quantised, _ = pair(FourBit, dora)
     x = torch.randn(4, INPUTS)
-    expected = results(quantised, x)  # what is asked of the layer is asked in eager mode
+    # what is asked of the layer is asked in eager mode
+    expected = results(quantised, x)
     compiled = torch.compile(quantised, fullgraph=True, backend="aot_eager")
     compiled.zero_grad()
     y = compiled(x)

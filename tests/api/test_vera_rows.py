@@ -8,7 +8,7 @@ import vera_reference as reference
 from torch import nn
 from vera_reference import BASE, CONFIGS, DTYPES, NAMES, Net, adapted, check_same
 
-from fmkernels.api import VeraConfig, get_vera_model
+from fmkernels.api import AdapterPool, VeraConfig, get_vera_model
 from fmkernels.api.vera_layer import VeraLayer
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -295,7 +295,7 @@ def test_a_backward_pass_that_fails_leaves_the_choice_of_adapters(reentrant):
         assert choice(model) == ("few", None)
         hook.remove()
         assert torch.equal(model(x), expected)
-    with model._adapters.state.using("all", None), pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError):
         model(x[:, :, :3], adapter_names=NAMES)
     assert choice(model) == ("few", None)
     found = results(model, NAMES, x, grad)
@@ -551,7 +551,9 @@ def test_names_for_more_or_fewer_rows_are_refused():
     for wrong in ("all", [], [1], [None] * 4):
         with pytest.raises(TypeError, match="adapter_names: expected a name for every row"):
             model(x, adapter_names=wrong)
-    with pytest.raises(ValueError, match="adapter_names: expected one of"):
+    with pytest.raises(
+        ValueError, match=r"adapter_names: expected some of .* got 'nobody' in row 1"
+    ):
         model(x, adapter_names=["all", "nobody", BASE, "all"])
     with pytest.raises(ValueError, match="adapter_names: expected a batch of 12 rows"):
         model(torch.randn(12), adapter_names=["all"] * 12)
@@ -663,6 +665,253 @@ def test_what_models_look_at_of_modules_trained_whole():
     copy.deepcopy(head)
 
 
+class Looked(nn.Module):
+    """A head that ``look`` uses as some models do: in part, by a method, or by its weight.
+
+    Args:
+        look: of the head and what comes before it; what the model gives.
+    """
+
+    def __init__(self, look):
+        super().__init__()
+        self.net, self.head, self.look = nn.Linear(6, 6), Tower(), look
+
+    def forward(self, x):
+        return self.look(self.head, self.net(x))
+
+
+class Tower(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(6, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 6)))
+        self.scale = nn.Parameter(torch.randn(6))
+        self.power = 2
+
+    def twice(self, x):
+        return self(x) * 2
+
+
+def through_all(head, x):
+    for module in head:
+        x = module(x)
+    return x
+
+
+LOOKS = {
+    "called": lambda head, x: head(x) ** head.power,
+    "indexed": lambda head, x: head[1](head[0](x)),
+    "by the names": lambda head, x: getattr(getattr(head, "1"), "1")(x),
+    "in a slice": lambda head, x: head[1][:](x) * len(head),
+    "from the end": lambda head, x: head[-1][1](x),
+    "one by one": through_all,
+    "by a method": lambda head, x: head.twice(x),
+}
+
+
+def looked(look):
+    config = VeraConfig(r=2, target_modules=["net"], modules_to_save=["head"])
+    return adapted(Looked(look).double(), {"a": config, "b": config})
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_modules_trained_whole_of_which_a_part_is_called(look):
+    model = looked(look)
+    names = ["b", "a", BASE, "b"]
+    x = torch.randn(4, 6, dtype=torch.float64)
+    y = model(x, adapter_names=names)
+    for i, name in enumerate(names):
+        model.set_adapter(None if name == BASE else name)
+        torch.testing.assert_close(y[i : i + 1], model(x[i : i + 1]), rtol=1e-12, atol=1e-13)
+        assert not torch.allclose(y[i], y[(i + 1) % 4])
+
+
+READS = {
+    "scale": lambda head, x: x * head.scale,
+    "weight": lambda head, x: x @ head[0].weight,
+}
+
+
+@pytest.mark.parametrize(("word", "look"), READS.items(), ids=READS)
+def test_modules_trained_whole_of_which_a_weight_is_read(word, look):
+    """With the rows of one adapter there is one weight; with others it would be wrong for some."""
+    model = looked(look)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"to be called.* got a model that reads {word} of a"):
+        model(x, adapter_names=["a", "a", "b", "a"])
+    with pytest.raises(ValueError, match=f"to be called.* got a model that reads {word} of a"):
+        model(x, adapter_names=["a", "a", BASE, "a"])
+    # not of the active one
+    model.set_adapter("a")
+    y = model(x, adapter_names=["b"] * 4)
+    model.set_adapter("b")
+    torch.testing.assert_close(y, model(x))
+    model.set_adapter(None)
+    torch.testing.assert_close(model(x, adapter_names=[BASE] * 4), model(x))
+
+
+class Attends(nn.Module):
+    """A module trained whole that is given ``others`` beside x."""
+
+    def __init__(self, others):
+        super().__init__()
+        self.net, self.block, self.others = nn.Linear(8, 8), Block(), others
+
+    def forward(self, x):
+        return self.block(self.net(x), *self.others(x))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x, *others):
+        x = self.inner(x)
+        for other in others:
+            other = other if other.ndim != 1 else other.unsqueeze(-1)
+            x = x + other.double()
+        return x
+
+
+OTHERS = {
+    "mask": lambda x: [torch.full((x.shape[1],) * 2, 3.0).triu(1) @ torch.ones(x.shape[1], 8)],
+    "positions": lambda x: [torch.arange(x.shape[1])],
+}
+
+
+@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
+def test_positions_are_not_taken_for_rows(others):
+    """Where there are as many of either the call is refused; otherwise it is right."""
+    config = VeraConfig(r=2, target_modules=["net"], modules_to_save=["block"])
+    model = adapted(Attends(others).double(), {"a": config, "b": config})
+    for batch, tokens in ((2, 3), (3, 3), (4, 2)):
+        x = torch.randn(batch, tokens, 8, dtype=torch.float64)
+        names = ["b", *["a"] * (batch - 1)]
+        if batch == tokens:
+            with pytest.raises(ValueError, match=r"cannot be mistaken .* got shape \(3"):
+                model(x, adapter_names=names)
+            continue
+        y = model(x, adapter_names=names)
+        model.set_adapter("b")
+        torch.testing.assert_close(y[:1], model(x[:1]))
+        model.set_adapter("a")
+        torch.testing.assert_close(y[1:], model(x[1:]))
+
+
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_positions_without_a_batch_are_not_taken_for_rows(tokens):
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.places = nn.Linear(8, 8), nn.Embedding(9, 8)
+
+        def forward(self, x):
+            return self.net(x + self.places(torch.arange(x.shape[1])))
+
+    config = VeraConfig(r=2, target_modules=["net"], modules_to_save=["places"])
+    model = adapted(Placed(), {"a": config, "b": config})
+    x = torch.randn(2, tokens, 8)
+    with pytest.raises(ValueError, match=rf"and another dimension, got shape \({tokens},\)"):
+        model(x, adapter_names=["a", "b"])
+    model(x, adapter_names=["a", "a"])
+
+
+ENCODERS = {
+    "targets": {},
+    "a target in the second layer": {"target_modules": ["layers.1.linear2"]},
+    "the last layer": {"target_modules": ["net"], "modules_to_save": ["linear2"]},
+    "a norm": {"modules_to_save": ["norm1"]},
+    "attention": {"modules_to_save": ["self_attn"]},
+    "a whole layer": {"target_modules": ["layers.1.linear1"], "modules_to_save": ["layers.0"]},
+    "all of it": {"target_modules": ["net"], "modules_to_save": ["encoder"]},
+}
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        self.net, self.encoder = nn.Linear(16, 16), nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x, mask=None):
+        y = self.encoder(self.net(x), src_key_padding_mask=mask)
+        return y if mask is None else y.masked_fill(mask.unsqueeze(-1), 0)
+
+
+def encoder_results(call, x, mask):
+    """In evaluation, without gradients and with them; masked, and not."""
+    for is_masked in (False, True):
+        for is_grad in (False, True):
+            with torch.set_grad_enabled(is_grad):
+                yield call(x, mask=mask) if is_masked else call(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("settings", ENCODERS.values(), ids=ENCODERS)
+def test_pytorchs_encoder_gives_in_evaluation_what_it_does_in_training(settings):
+    """There it reads weights, past adapters, and takes what is masked out of its tensors."""
+    torch.manual_seed(0)
+    config = VeraConfig(**{"r": 4, "target_modules": ["linear1", "linear2"], **settings})
+    model = adapted(Encoder(), {"a": config, "b": config})
+    x = torch.randn(3, 5, 16)
+    mask = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    names = ["b", BASE, "a"]
+
+    def rows(x, **given):
+        return model(x, adapter_names=names, **given)
+
+    expected = {}
+    for name in ("a", "b", None):
+        model.train().set_adapter(name)
+        expected[name] = list(encoder_results(model, x, mask))
+        model.eval()
+        for found, own in zip(encoder_results(model, x, mask), expected[name], strict=True):
+            torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected["a"][0], expected["b"][0], atol=1e-2)
+    model.set_adapter("a")
+    for is_training in (True, False):
+        model.train(is_training)
+        for i, found in enumerate(encoder_results(rows, x, mask)):
+            own = torch.stack([expected[n][i][j] for j, n in enumerate(["b", None, "a"])])
+            torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+    model.delete_adapter("a")
+    model.set_adapter("b")
+    bare = model.merge_and_unload()
+    for found, own in zip(encoder_results(bare, x, mask), expected["b"], strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
+    model.unmerge()
+    model.delete_adapter("b")
+    for found, own in zip(encoder_results(model, x, mask), expected[None], strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_pytorchs_encoder_in_a_pool():
+    torch.manual_seed(0)
+    net = Encoder()
+    config = VeraConfig(r=4, target_modules=["linear1", "linear2"])
+    pool = AdapterPool(net, config, capacity=2)
+    for name in ("a", "b"):
+        sizes = {"linear1": 32, "linear2": 16}
+        pool.put(name, {
+            f"encoder.layers.{i}.{key}": {"lambda_d": torch.randn(4), "lambda_b": torch.randn(size)}
+            for i in range(2) for key, size in sizes.items()
+        })  # fmt: skip
+    x = torch.randn(3, 5, 16)
+    mask = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+
+    def rows(x, **given):
+        return pool(x, adapter_names=["b", BASE, "a"], **given)
+
+    net.train()
+    expected = list(encoder_results(rows, x, mask))
+    net.eval()
+    for found, own in zip(encoder_results(rows, x, mask), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+    plain = pool(x, adapter_names=[BASE] * 3)
+    torch.testing.assert_close(plain[1], expected[0][1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain[0], expected[0][0], atol=1e-2)
+
+
 # models of the transformers library
 
 
@@ -732,7 +981,8 @@ def test_generating_with_beams(kind, settings):
     import vera_models
 
     model = language_model(kind)
-    if kind == "gpt2":  # its positions are looked up once for all rows
+    # its positions are looked up once for all rows
+    if kind == "gpt2":
         assert "b" in model.model.transformer.wpe.copies
     inputs = vera_models.inputs_for(model, rows=len(ROWS))
     own = {

@@ -1,7 +1,9 @@
 """Where VeRA adapters go: the modules that PEFT chooses, trained and frozen as PEFT has them."""
 
 import dataclasses
+import gc
 import json
+import weakref
 
 import peft
 import pytest
@@ -21,7 +23,7 @@ from vera_models import (
     tiny_vit,
 )
 
-from fmkernels.api import VeraConfig, get_vera_model
+from fmkernels.api import VeraConfig, VeraModel, get_vera_model
 from fmkernels.api.vera_layer import VeraLayer
 from fmkernels.api.vera_trained import TrainedModule
 
@@ -156,7 +158,7 @@ def test_adapts_and_trains_what_peft_does(name, settings, count, bias):
     assert adapted(ours.model) == adapted_by_peft(theirs)
     assert len(adapted(ours.model)) == count
     matrices = [(m.A, m.B) for m in ours._adapters.pairs()]
-    assert len(matrices) == 1  # one pair for the model
+    assert len(matrices) == 1
     assert torch.equal(matrices[0][0], theirs.base_model.vera_A["default"])
     assert torch.equal(matrices[0][1], theirs.base_model.vera_B["default"])
     expected = trained_elements(theirs)
@@ -237,7 +239,8 @@ def test_dropout_is_in_training_only_and_only_of_the_adapter():
     randomize_vectors(model)
     calm = logits(model)
     assert torch.equal(logits(model), calm)
-    for module in model.modules():  # the model's own dropout stays away
+    # the model's own dropout stays away
+    for module in model.modules():
         if isinstance(module, VeraLayer):
             module.train()
             module.base_layer.eval()
@@ -252,7 +255,8 @@ def test_all_of_the_dropout_is_the_base_model():
     model = get_vera_model(tiny_vit(), VeraConfig(r=4, target_modules=["q_proj"], vera_dropout=1.0))
     randomize_vectors(model)
     assert not torch.equal(logits(model), logits(tiny_vit()))
-    model.train()  # this model has no dropout of its own that is on
+    # this model has no dropout of its own that is on
+    model.train()
     assert torch.equal(logits(model), logits(tiny_vit()))
 
 
@@ -315,12 +319,12 @@ REFUSED = [
     (
         {"target_modules": ["query"], "layers_to_transform": [9]},
         ValueError,
-        "at least one linear layer",
+        "layers_to_transform: expected numbers of layers that have query",
     ),
     (
         {"target_modules": ["query"], "layers_to_transform": [0], "layers_pattern": "blocks"},
         ValueError,
-        "at least one linear layer",
+        "layers_to_transform: expected numbers",
     ),
     (
         {"target_modules": ["query"], "layers_to_transform": [0], "layers_pattern": "(layer"},
@@ -365,7 +369,7 @@ def test_numbers_of_a_list_that_is_the_outermost_are_not_counted_by_peft():
     config = {"r": 2, "target_modules": ["inner"], "layers_to_transform": [1]}
     with pytest.raises(ValueError, match="No layers types compatible"):
         peft.get_peft_model(net, peft.VeraConfig(**config))
-    with pytest.raises(ValueError, match="at least one linear layer"):
+    with pytest.raises(ValueError, match="layers_to_transform: expected numbers"):
         get_vera_model(net, VeraConfig(**config))
     model = get_vera_model(net, VeraConfig(**config, layers_pattern="layers"))
     assert adapted(model.model) == {"layers.1.inner"}
@@ -393,14 +397,15 @@ def test_configurations_go_to_peft_and_back(settings):
     assert fields["peft_type"] == "VERA"
     theirs = peft.VeraConfig(**{k: v for k, v in fields.items() if k != "peft_type"})
     back = VeraConfig.from_dict(theirs.to_dict())
-    if isinstance(ours.target_modules, list):  # a set in PEFT
+    # a set in PEFT
+    if isinstance(ours.target_modules, list):
         ours = dataclasses.replace(ours, target_modules=sorted(ours.target_modules))
     assert back == ours
     assert VeraConfig.from_dict(json.loads(json.dumps(fields))) == VeraConfig(**settings)
     known = set(theirs.to_dict())
     assert set(fields) <= known
     assert known - set(fields) == {
-        "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision",
+        "auto_mapping", "inference_mode", "peft_version", "revision",
     }  # fmt: skip
     for name in set(fields) - {"peft_type", "target_modules"}:
         assert getattr(theirs, name) == fields[name], name
@@ -495,7 +500,8 @@ def test_unknown_fields_that_are_off_are_passed_over():
         ({"layers_to_transform": [True]}, TypeError, "layers_to_transform: expected the number"),
         ({"layers_to_transform": -1}, TypeError, "layers_to_transform: expected the number"),
         ({"layers_pattern": "h"}, ValueError, "layers_to_transform: expected the numbers"),
-        ({"task_type": 3}, TypeError, "task_type: expected a name such as 'SEQ_CLS'"),
+        ({"task_type": 3}, ValueError, "task_type: expected one of CAUSAL_LM, .*got 3"),
+        ({"task_type": "SEQ"}, ValueError, "task_type: expected one of CAUSAL_LM, .*got 'SEQ'"),
     ],
     ids=str,
 )
@@ -549,8 +555,121 @@ def test_a_layer_whose_weight_is_read_is_refused():
     )
     with pytest.raises(ValueError, match=r"expected linear layers, got attention\.out_proj"):
         get_vera_model(attention, VeraConfig(r=4, target_modules=["out_proj", "next"]))
+    config = VeraConfig(r=4, target_modules=["next"], modules_to_save=["out_proj"])
+    before = snapshot(attention)
+    with pytest.raises(ValueError, match=r"modules that are called, got attention\.out_proj"):
+        get_vera_model(attention, config)
+    assert_unchanged(attention, before)
     model = get_vera_model(attention, VeraConfig(r=4, target_modules="all-linear"))
     assert type(model.model["attention"].out_proj) is not type(model.model["next"])
+
+
+class Within(nn.Module):
+    """``classifier`` is the end of ``aux_classifier`` too, and of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.classifier = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.aux_classifier = nn.Sequential()
+        self.aux_classifier.add_module("dense", nn.Linear(8, 8))
+        self.lists = nn.ModuleDict(
+            {
+                "some": nn.ModuleList([nn.Linear(8, 8)]),
+                "vectors": nn.ParameterList([torch.zeros(2)]),
+                "named": nn.ParameterDict({"a": torch.zeros(2)}),
+            }
+        )
+
+    def forward(self, x):
+        return self.classifier(self.aux_classifier(self.dense(x)))
+
+
+def test_a_target_within_what_is_trained_whole_is_refused(tmp_path):
+    """PEFT adapts it, and the copy of it."""
+    net = Within()
+    before = snapshot(net)
+    config = VeraConfig(r=4, target_modules=["dense"], modules_to_save=["classifier"])
+    with pytest.raises(ValueError, match=r"outside of .* got aux_classifier\.dense; name these"):
+        get_vera_model(net, config)
+    assert_unchanged(net, before)
+    config = VeraConfig(
+        r=4, target_modules=["dense"], modules_to_save=["classifier", "aux_classifier"]
+    )
+    model = get_vera_model(net, config)
+    assert adapted(model.model) == {"dense"}
+    model.save_pretrained(tmp_path)
+    again = VeraModel.from_pretrained(Within(), tmp_path)
+    assert sorted(again._adapters.trained()) == ["aux_classifier", "classifier"]
+
+
+def test_modules_trained_whole_within_others_are_refused():
+    names = ("aux_classifier", "aux_classifier.dense")
+    for first, second in (names, names[::-1]):
+        model = get_vera_model(
+            Within(), VeraConfig(r=4, target_modules=r"dense", modules_to_save=[first])
+        )
+        before = snapshot(model)
+        config = VeraConfig(r=4, target_modules=r"dense", modules_to_save=[second])
+        with pytest.raises(
+            ValueError, match="modules_to_save: expected modules of which none lies"
+        ):
+            model.add_adapter("second", config)
+        assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["lists", "some", "vectors", "named"])
+def test_what_is_never_called_cannot_be_trained_whole(name):
+    net = Within()
+    before = snapshot(net)
+    config = {"r": 4, "target_modules": ["classifier"], "modules_to_save": [name]}
+    with pytest.raises(TypeError, match="cannot be applied to modules of type"):
+        peft.get_peft_model(Within(), peft.VeraConfig(**config))
+    with pytest.raises(ValueError, match=rf"modules that are called, got .*{name} \("):
+        get_vera_model(net, VeraConfig(**config))
+    assert_unchanged(net, before)
+
+
+class Remembers(nn.Linear):
+    """It holds what it gave last, which cannot be copied with its graph."""
+
+    def forward(self, x):
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_what_cannot_be_copied_leaves_the_model_as_it_was():
+    net = nn.Sequential(nn.Linear(8, 8), Remembers(8, 8))
+    net(torch.randn(1, 8))
+    config = VeraConfig(r=4, target_modules=["0"], modules_to_save=["1"])
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=r"that can be copied and trained, got 1 \(Remembers\)"):
+        get_vera_model(net, config)
+    assert_unchanged(net, before)
+    assert all(p.requires_grad for p in net.parameters())
+    model = get_vera_model(net, VeraConfig(r=4, target_modules=["0"]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="can be copied"):
+        model.add_adapter("second", config)
+    assert_unchanged(model, before)
+    assert list(model.adapters) == ["default"]
+    net[1].last = None
+    model.add_adapter("second", config)
+
+
+def test_what_was_trained_whole_is_itself_again_after_the_last_adapter():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).train()
+    head = net[1]
+    config = VeraConfig(r=4, target_modules=["0"], modules_to_save=["1"])
+    model = get_vera_model(net, config)
+    model.add_adapter("second", config)
+    model.delete_adapter("default")
+    assert isinstance(net[1], TrainedModule)
+    model.eval()
+    model.delete_adapter("second")
+    assert net[1] is head
+    assert not head.training
+    model.add_adapter("third", VeraConfig(r=4, target_modules=["0", "1"]))
+    assert adapted(net) == {"0", "1"}
 
 
 class Scaled(nn.Module):
@@ -568,14 +687,126 @@ def test_a_layer_of_another_kind_is_known_by_what_it_gives():
     net = nn.Sequential(Scaled(), nn.Linear(6, 3))
     model = get_vera_model(net, VeraConfig(r=4, target_modules=["0"], init_weights=False))
     x = torch.randn(5, 8)
-    layer, pair = model.model[0], model.shared["pair0"]
+    layer, (pair,) = model.model[0], model.shared.values()
     d, b = layer.lambda_d["default"], layer.lambda_b["default"]
     expected = 2 * (x @ layer.base_layer.weight.mT) + b * ((x @ pair.A.mT * d) @ pair.B.mT)
     torch.testing.assert_close(layer(x), expected)
 
 
+class Odd(nn.Linear):
+    """Takes what a linear layer takes, and says what one says."""
+
+    def __init__(self, after, before=lambda x: x):
+        super().__init__(64, 32)
+        self.after, self.before = after, before
+        self.inner = nn.Dropout().eval()
+
+    def forward(self, x):
+        return self.after(super().forward(self.before(x)))
+
+
+def rounded(bits):
+    """Inputs as some quantised layers take them."""
+
+    def round_to(x):
+        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-9) / (2 ** (bits - 1) - 1)
+        return (x / scale).round() * scale
+
+    return round_to
+
+
+def with_one_more(x):
+    """Not to be tried with one input."""
+    raise TypeError("expected another argument")
+
+
+NONLINEAR = {
+    "relu": (lambda x: 3 * x.relu(),),
+    "gelu": (nn.functional.gelu,),
+    "silu": (nn.functional.silu,),
+    "tanh": (torch.tanh,),
+    "softmax": (lambda x: x.softmax(-1),),
+    "norm": (lambda x: nn.functional.layer_norm(x, (32,)),),
+    "relu before": (lambda x: x, torch.relu),
+    "a pair": (lambda x: (x, x),),
+    "a row": (lambda x: x[0],),
+}
+LINEAR = {
+    "scaled": (lambda x: 3 * x,),
+    "8 bits": (lambda x: x, rounded(8)),
+    "4 bits": (lambda x: x, rounded(4)),
+    "bfloat16": (lambda x: x.bfloat16().float(), lambda x: x.bfloat16().float()),
+    "of other arguments": (with_one_more,),
+}
+
+
+@pytest.mark.parametrize("how", NONLINEAR.values(), ids=NONLINEAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_not_linear_is_refused(how, dtype):
+    torch.manual_seed(1)
+    net = nn.Sequential(Odd(*how), nn.Linear(32, 3)).to(dtype)
+    before = snapshot(net)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"expected linear layers, got 0 \(Odd\)"):
+        get_vera_model(net, VeraConfig(r=4, target_modules=["0", "1"]))
+    assert_unchanged(net, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (net[0].training, net[0].inner.training) == (True, False)
+    get_vera_model(net, VeraConfig(r=4, target_modules="all-linear"))
+    assert adapted(net) == {"1"}
+
+
+@pytest.mark.parametrize("how", LINEAR.values(), ids=LINEAR)
+@pytest.mark.parametrize("bias", [0, 5])
+def test_a_layer_that_is_linear_but_for_rounding_is_adapted(how, bias):
+    torch.manual_seed(1)
+    net = nn.Sequential(Odd(*how), nn.Linear(32, 3))
+    net[0].bias.data.add_(bias)
+    get_vera_model(net, VeraConfig(r=4, target_modules="all-linear"))
+    assert adapted(net) == {"0", "1"}
+
+
+def test_a_layer_is_tried_once_and_one_without_weights_never():
+    calls = []
+
+    def count(x):
+        calls.append(1)
+        return x
+
+    with torch.device("meta"):
+        absent = nn.Sequential(Odd(count), nn.Linear(32, 3))
+    get_vera_model(absent, VeraConfig(r=4, target_modules=["0"], save_projection=False))
+    assert not calls
+    model = get_vera_model(
+        nn.Sequential(Odd(count), nn.Linear(32, 3)), VeraConfig(r=4, target_modules=["0"])
+    )
+    assert len(calls) == 4
+    model.add_adapter("second", VeraConfig(r=4, target_modules=["0"]))
+    assert len(calls) == 4
+
+
+def test_classes_are_let_go_with_the_models_that_they_are_of():
+    class Own(nn.Sequential):
+        pass
+
+    model = get_vera_model(Own(nn.Linear(8, 8)), VeraConfig(r=4, target_modules=["0"]))
+    other = VeraModel(Own(nn.Linear(8, 8)))
+    assert type(model) is type(other)
+    assert type(model).__name__ == "VeraModelOfOwn"
+    kept = weakref.ref(Own)
+    del model, Own
+    gc.collect()
+    assert type(VeraModel(kept()(nn.Linear(8, 8)))) is type(other)
+    del other
+    # first our class, and then what it was of
+    for _ in range(2):
+        gc.collect()
+    assert kept() is None
+
+
 def test_positional_matrices_start_with_products_of_pefts_size():
-    torch.manual_seed(5)  # not the matrices' own: x would not be independent of A
+    # not the matrices' own seed: x would not be independent of A
+    torch.manual_seed(5)
     x, spread = torch.randn(64, 300), {}
     for init in ("kaiming_uniform", "position"):
         config = VeraConfig(r=64, target_modules=["0"], init=init)

@@ -187,7 +187,7 @@ def test_training_is_that_of_the_formula(dora, optimizer):
     torch.manual_seed(2)
     base = nn.Sequential(nn.Linear(WIDTH, 8)).double()
     model = adapted(base, target_modules=["0"], use_dora=dora)
-    layer, pair = model.model[0], model.shared["pair0"]
+    layer, (pair,) = model.model[0], model.shared.values()
     own = {
         name: v.detach().clone().requires_grad_() for name, v in layer.vectors("default").items()
     }

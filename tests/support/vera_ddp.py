@@ -79,7 +79,7 @@ def gathered(model, gradients=False):
 
 def matrices(model):
     """A and B, and how often they were written to."""
-    pair = model.shared["pair0"]
+    pair = next(iter(model.shared.values()))
     return {"A": pair.A, "B": pair.B, "versions": (pair.A._version, pair.B._version)}
 
 
@@ -125,6 +125,12 @@ def main(rank, world, store, result):
             name: type(parameter).__name__ for name, parameter in model.named_parameters()
         }
         results["fsdp matrices", dora] = matrices(model)
+        model.save_pretrained(f"{store}.vera.{dora}")  # all ranks into one folder
+        model.to_lora(f"{store}.lora.{dora}")
+        try:
+            model.merge()
+        except ValueError as error:
+            results["fsdp merge", dora] = str(error)
         half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
         model = sharded(adapted(dora, torch.float32), **half)
         results["mixed", dora] = train(model, own.float())
