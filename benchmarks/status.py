@@ -37,6 +37,7 @@ LIMITS = {
         for name in (
             "vera_expand",
             "vera_expand_backward",
+            "vera_expanded",
             "vera_products",
             "vera_products_backward",
             "vera_dropout",

@@ -20,7 +20,7 @@ from .vera_state import BASE, Adapter, AdapterState
 from .vera_targets import (
     base_of,
     find_targets,
-    input_sharers,
+    input_readers,
     largest_sizes,
     lies_in,
     modules_named,
@@ -184,7 +184,7 @@ class AdapterSet:
 
     def adapt(self, targets: Mapping[str, nn.Module]) -> dict[str, VeraLayer]:
         """Put a layer that takes adapters in the place of each that is none yet."""
-        sharers, layers = input_sharers(targets), {}
+        readers, layers = input_readers(targets), {}
         for path, target in targets.items():
             layer = target
             if not isinstance(layer, VeraLayer):
@@ -192,7 +192,7 @@ class AdapterSet:
                 layer.train(target.training)
                 self.replace(path, layer)
                 self._be_called(path)
-            layer.shares_input |= path in sharers
+            layer.readers = max(layer.readers, readers[path])
             layers[path] = layer
         return layers
 

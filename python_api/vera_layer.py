@@ -15,6 +15,7 @@ from fmkernels._autocast import lower_precision
 from fmkernels.ops.dvora_linear import DVORA_SCALE
 from fmkernels.ops.dvora_linear.norms import built_norms
 from fmkernels.ops.vera_dropout import vera_dropout
+from fmkernels.ops.vera_linear import EXACT
 from fmkernels.ops.vera_linear.formulation import formulation
 
 from .vera_base import (
@@ -46,9 +47,9 @@ class VeraLayer(nn.Module):
         self.lambda_b = nn.ParameterDict()
         self.magnitude = nn.ParameterDict()
         self.state = state
-        self.shares_input = False
-        """Whether others may read the same input, as query, key and value do: then X Aᵀ is computed
-        once for all of them."""
+        self.readers = 1
+        """How many layers may read the same input, as query, key and value do: then X Aᵀ is
+        computed once for all of them."""
         self.merged: str | None = None
         self._norms = _Norms()
 
@@ -82,21 +83,26 @@ class VeraLayer(nn.Module):
         weight = None if args or kwargs else plain_weight(self.base_layer)
         if config.use_dora:
             return self._scaled(x, weight, name, adapter, dropout, args, kwargs)
-        if weight is not None and not self._takes_halves(x, weight, config.r, dropout):
+        if weight is not None:
+            u = self._shrink(x, A, 0.0) if self._shares(x, weight, config.r, dropout) else None
             bias = base_bias(self.base_layer)
             return fmkernels.vera_linear(
-                x, weight, bias, *adapter, dropout_p=dropout, training=self.training
+                x, weight, bias, *adapter, dropout_p=dropout, training=self.training, u=u
             )
         base = self._base(x, weight, args, kwargs)
         return fmkernels.vera_expand(base, self._shrink(x, A, dropout), *_second_half(adapter))
 
-    def _takes_halves(self, x: Tensor, weight: Tensor, rank: int, dropout: float) -> bool:
+    def _shares(self, x: Tensor, weight: Tensor, rank: int, dropout: float) -> bool:
         """Whether to share X Aᵀ: not where it is not computed, or dropout makes it another."""
-        if not self.shares_input or dropout or is_compiling():
+        if self.readers == 1 or dropout or is_compiling():
             return False
-        merge = lower_precision(x).dtype in (torch.float32, torch.float64)
+        merge = lower_precision(x).dtype in EXACT
         sizes = x.shape[:-1].numel(), self.in_features, self.out_features, rank
-        return formulation(*sizes, dense=not weight.requires_grad, merge=merge) == "products"
+        dense = not weight.requires_grad
+        taken = formulation(
+            *sizes, dense=dense, merge=merge, readers=self.readers, parts=1 if merge else 2
+        )
+        return taken == "products"
 
     def _shrink(self, x: Tensor, A: Tensor, dropout: float) -> Tensor:
         if dropout:

@@ -105,14 +105,14 @@ def largest_sizes(targets: Mapping[str, nn.Module]) -> tuple[int, int]:
     return max(size[0] for size in sizes if size), max(size[1] for size in sizes if size)
 
 
-def input_sharers(targets: Mapping[str, nn.Module]) -> set[str]:
-    """Those with a sibling of as many inputs, which may read the same one: query, key and value."""
+def input_readers(targets: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Path -> how many siblings have as many inputs: query, key and value may read the same."""
     families: dict[tuple[str, int], list[str]] = defaultdict(list)
     for name, module in targets.items():
         sizes = linear_sizes(base_of(module))
         assert sizes is not None
         families[name.rpartition(".")[0], sizes[0]].append(name)
-    return {name for family in families.values() if len(family) > 1 for name in family}
+    return {name: len(family) for family in families.values() for name in family}
 
 
 def modules_named(op: str, model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

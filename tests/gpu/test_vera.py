@@ -8,7 +8,7 @@ import fmkernels
 from fmkernels.ops.dvora_linear import DVORA_SCALE, DVORA_SCALE_BACKWARD
 from fmkernels.ops.vera_dropout import VERA_DROPOUT, vera_dropout
 from fmkernels.ops.vera_expand import VERA_EXPAND, VERA_EXPAND_BACKWARD
-from fmkernels.ops.vera_linear.products import VERA_PRODUCTS, VERA_PRODUCTS_BACKWARD
+from fmkernels.ops.vera_linear.products import VERA_EXPANDED, VERA_PRODUCTS, VERA_PRODUCTS_BACKWARD
 from fmkernels.ops.vera_shrink import VERA_SHRINK
 from fmkernels.testing import assert_parity
 
@@ -108,13 +108,14 @@ def test_shrink(dtype, backend, verifies, device):
 @halves
 @counts
 def test_base_layer_and_adapter_together(dtype, adapters, backend, verifies, device):
-    verifies("vera_products", "vera_products_backward", *EXPAND)
+    verifies("vera_products", "vera_products_backward", "vera_expanded", *EXPAND)
     with running(backend):
         for sizes in SIZES:
             x, weight, bias, A, d, b, B, ids = layer(sizes, dtype, device, adapters)
             check(VERA_PRODUCTS, x, weight, bias, A, B, d, b, ids, False)
             check(VERA_PRODUCTS, x[:3], weight, None, A, B, d[:1], b[:1], None, False)
             u, grad = on_reference(VERA_SHRINK, x, A), torch.randn(len(x), len(weight)).to(x)
+            check(VERA_EXPANDED, x, weight, bias, u, B, d, b, ids, False)
             given = grad, weight, u, A, B, d, b, ids, False
             found = VERA_PRODUCTS_BACKWARD(*given, True, True)
             expected = VERA_EXPAND_BACKWARD(grad, u, d, b, B, ids, False, True, True)

@@ -9,6 +9,7 @@ from vera_layers import (
     arguments_of,
     composed,
     layer,
+    of_shared_u,
     peft_layer,
     pooled,
     values_and_gradients,
@@ -86,6 +87,40 @@ def test_the_reference_too(dtype):
             for form in ({"merge": False}, {}):
                 if dtype in (torch.float32, torch.float64) or form:
                     check_all(problems, f"{size}, {form}", **form)
+
+
+@every_dtype
+@pytest.mark.parametrize("by", ["auto", "reference"])
+def test_parity_of_a_u_that_is_known(dtype, by):
+    """Of large ranks, too, which would take a dense form otherwise; of one adapter, and of many."""
+    wide = torch.promote_types(dtype, torch.float32)
+    for size in SIZES:
+        for adapters in (None, 5):
+            ids = {"adapter_ids": torch.randint(-1, 5, size[:1])} if adapters else {}
+            problems = [
+                layer(*size, adapters, bias=size[0] != 7).to(dtype, wide) for _ in range(PROBLEMS)
+            ]
+            with fmkernels.backend(by):
+                found = pooled(values_and_gradients(of_shared_u, x, **ids) for x in problems)
+            plain = pooled(values_and_gradients(composed, x, **ids) for x in problems)
+            exact = (values_and_gradients(composed, x.to(torch.float64), **ids) for x in problems)
+            check(found, plain, pooled(exact), f"{size}, {adapters}")
+
+
+def test_a_known_u_is_what_the_layer_multiplies_by():
+    """Not X Aᵀ once more; and layers that share it give one gradient of it."""
+    problem = layer(9, 5, 6, 4).to(torch.float64)
+    u = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    y = fmkernels.vera_linear(*problem, u=u)
+    expected = torch.nn.functional.linear(*problem[:3])
+    expected = expected + problem.lambda_b * ((u * problem.lambda_d) @ problem.B[:6].mT)
+    torch.testing.assert_close(y, expected)
+    leaves = (problem.x, u, problem.lambda_d, problem.lambda_b)
+    found = torch.autograd.grad(y.square().sum(), leaves)
+    for a, e in zip(found, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(a, e)
+    trained = problem._replace(weight=problem.weight.requires_grad_())
+    torch.testing.assert_close(fmkernels.vera_linear(*trained, u=u), expected)
 
 
 @hypothesis.given(

@@ -93,8 +93,8 @@ def test_memory_does_not_grow_with_the_number_of_adapters():
 
 
 def test_which_form_is_taken():
-    def form(*sizes, dense=True, merge=False):
-        return formulation(*sizes, dense=dense, merge=merge)
+    def form(*sizes, dense=True, merge=False, **sharing):
+        return formulation(*sizes, dense=dense, merge=merge, **sharing)
 
     roberta, vit, llama = (2048, 768, 768, 1024), (2048, 1024, 1024, 256), (512, 4096, 4096, 256)
     assert form(*roberta) == "apart"
@@ -102,6 +102,11 @@ def test_which_form_is_taken():
     assert form(*vit) == form(*llama) == "products"
     assert form(*roberta, dense=False, merge=True) == "products"
     assert form(1, 768, 768, 1024, merge=True) == "products"
+    assert form(*roberta, parts=2) == "apart"
+    shorter = (1024, 768, 768, 1024)
+    assert form(*shorter, readers=2, parts=2) == "products"
+    assert form(*shorter, readers=2) == form(*shorter, parts=2) == "apart"
+    assert form(*shorter, readers=2, parts=2, merge=True) == "merged"
     for tokens in (1, 16, 300, 5000):
         for rank in (1, 64, 700, 3000):
             costs = {

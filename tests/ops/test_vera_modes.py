@@ -5,16 +5,17 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
-from vera_layers import (
-    layer,
-    values_and_gradients,
-)
+from vera_layers import layer, of_shared_u, values_and_gradients
 
 import fmkernels
 from fmkernels import _library
 from fmkernels.ops.vera_expand import VERA_EXPAND, VERA_EXPAND_BACKWARD, cpp
 from fmkernels.ops.vera_linear import VERA_DENSE, VERA_DENSE_BACKWARD
-from fmkernels.ops.vera_linear.products import VERA_PRODUCTS, VERA_PRODUCTS_BACKWARD
+from fmkernels.ops.vera_linear.products import (
+    VERA_EXPANDED,
+    VERA_PRODUCTS,
+    VERA_PRODUCTS_BACKWARD,
+)
 from fmkernels.ops.vera_shrink import VERA_SHRINK, VERA_SHRINK_BACKWARD
 
 
@@ -39,6 +40,8 @@ def test_opcheck(suffix, dtype):
     for matrix, problem, given in ((True, one, None), (False, many, ids)):
         vectors = [x.reshape(-1, x.shape[-1]) for x in problem[5:]]
         check(VERA_PRODUCTS, *problem[:5], *vectors, given, matrix)
+        leaf = u.clone().requires_grad_()
+        check(VERA_EXPANDED, *problem[:3], leaf, problem.B, *vectors, given, matrix)
         vectors = [x.detach() for x in vectors]
         check(
             VERA_PRODUCTS_BACKWARD, base, problem.weight, u, problem.A, problem.B, *vectors,
@@ -54,19 +57,20 @@ def test_opcheck(suffix, dtype):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("form", ["products", "dense", "adapters", "dropout"])
+@pytest.mark.parametrize("form", ["products", "dense", "adapters", "dropout", "shared"])
 def test_compile_gives_the_same(form, dynamic):
     torch._dynamo.reset()
     several = 3 if form == "adapters" else None
     rank = 40 if form == "dense" else 4
     settings = {"dropout_p": 0.4, "training": True, "seed": 3} if form == "dropout" else {}
-    compiled = torch.compile(fmkernels.vera_linear, fullgraph=True, dynamic=dynamic)
+    function = of_shared_u if form == "shared" else fmkernels.vera_linear
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
     for tokens in (20, 31):
         problem = layer(tokens, 8, 9, rank, several).to(torch.float32)
         if several:
             settings = {"adapter_ids": torch.randint(-1, 3, (tokens,))}
         found = values_and_gradients(compiled, problem, **settings)
-        expected = values_and_gradients(fmkernels.vera_linear, problem, **settings)
+        expected = values_and_gradients(function, problem, **settings)
         for a, e in zip(found, expected, strict=True):
             torch.testing.assert_close(a, e)
 

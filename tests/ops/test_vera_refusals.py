@@ -80,6 +80,14 @@ def test_more_refusals():
     with pytest.raises(TypeError, match="merge: expected None, True or False, got 'yes'"):
         fmkernels.vera_linear(*PROBLEM, merge="yes")
     u, base = torch.zeros(4, 3), torch.zeros(4, 6)
+    with pytest.raises(ValueError, match=r"u: expected shape \(4, 3\), got \(4, 2\)"):
+        fmkernels.vera_linear(*PROBLEM, u=u[:, :2])
+    with pytest.raises(TypeError, match=r"u: expected a torch.Tensor, got int"):
+        fmkernels.vera_linear(*PROBLEM, u=3)
+    with pytest.raises(ValueError, match="u: expected None with dropout, got a tensor"):
+        fmkernels.vera_linear(*PROBLEM, u=u, dropout_p=0.5, training=True)
+    with pytest.raises(ValueError, match="u: expected None with merge=True, got a tensor"):
+        fmkernels.vera_linear(*PROBLEM, u=u, merge=True)
     vectors = (PROBLEM.lambda_d, PROBLEM.lambda_b, PROBLEM.B)
     with pytest.raises(
         ValueError, match=r"u: expected shape \(4, r\), the rows of base, got \(3, 3\)"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fmkernels
+
 
 class Layer(NamedTuple):
     """A layer with N adapters, or one."""
@@ -56,6 +58,12 @@ def composed(x, weight, bias, A, B, lambda_d, lambda_b, adapter_ids=None):
     rows = adapter_ids.clamp(min=0).long()
     z = b[rows] * ((u * d[rows]) @ B[: len(weight)].mT)
     return base + torch.where((adapter_ids >= 0).unsqueeze(-1), z, 0)
+
+
+def of_shared_u(x, weight, bias, A, B, lambda_d, lambda_b, **settings):
+    """The layer of a U that another layer needs too."""
+    u = fmkernels.vera_shrink(x, A)
+    return fmkernels.vera_linear(x, weight, bias, A, B, lambda_d, lambda_b, u=u, **settings)
 
 
 def composed_dvora(x, weight, bias, A, B, lambda_d, lambda_b, magnitude):

@@ -17,7 +17,7 @@ from fmkernels.ops.vera_expand import check_ids, check_vectors, vera_expand
 from fmkernels.ops.vera_expand.config import by_matrix
 from fmkernels.ops.vera_linear import cpp, reference
 from fmkernels.ops.vera_linear.formulation import Formulation, formulation
-from fmkernels.ops.vera_linear.products import VERA_PRODUCTS
+from fmkernels.ops.vera_linear.products import VERA_EXPANDED, VERA_PRODUCTS
 from fmkernels.ops.vera_shrink import check_frozen, check_shared, vera_shrink
 
 NAME = "vera_linear"
@@ -40,6 +40,7 @@ def vera_linear(
     training: bool = False,
     seed: int | None = None,
     merge: bool | None = None,
+    u: Tensor | None = None,
 ) -> Tensor:
     """A linear layer with a VeRA adapter: Y = X W0ᵀ + bias + b ⊙ (((X Aᵀ) ⊙ d) Bᵀ).
 
@@ -63,6 +64,8 @@ def vera_linear(
         seed: which are dropped, from 0 to 2**63 − 1; drawn from PyTorch's generator if None.
         merge: whether W0 + ΔW may be formed in the weight's dtype, which over bfloat16 and float16
             rounds small updates away, as PEFT's merge does. By default only in float32 and float64.
+        u: U = X Aᵀ (…, r), from :func:`fmkernels.vera_shrink`, if another layer needs it too: then
+            it is not computed again, and neither is its part of x's gradient.
 
     Returns:
         Y, (…, n), in x's dtype, or in that of autocast where it is on.
@@ -95,9 +98,12 @@ def vera_linear(
     _check_merge(merge, weight, bias, adapter_ids, training and dropout_p > 0)
     if seed is not None and not (is_compiling() and isinstance(seed, int)):
         seed = _checks.integer_below(NAME, "seed", seed, 63)
+    drops = training and dropout_p > 0
+    if u is not None:
+        _check_u(u, x, A, merge, drops)
     x = lower_precision(x)
     form = _form(x, weight, bias, A, lambda_d, adapter_ids, dropout_p if training else 0.0, merge)
-    if form != "products":
+    if form != "products" and u is None:
         y: Tensor = VERA_DENSE(
             x.reshape(-1, x.shape[-1]),
             weight.to(x.dtype),
@@ -110,16 +116,20 @@ def vera_linear(
         )
         return y.reshape(*x.shape[:-1], y.shape[1])
     layer = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    drops = training and dropout_p > 0
     if drops or _is_trained(weight, bias):
-        u = vera_shrink(vera_dropout(x, dropout_p, seed=seed) if drops else x, A)
+        if u is None:
+            u = vera_shrink(vera_dropout(x, dropout_p, seed=seed) if drops else x, A)
         base = F.linear(*layer)
         return vera_expand(base, u, lambda_d, lambda_b, B, adapter_ids=adapter_ids)
     flat, (width, rank) = x.reshape(-1, x.shape[-1]), (weight.shape[0], A.shape[0])
     vectors = lambda_d.reshape(-1, rank), lambda_b.reshape(-1, width)
     ids = None if adapter_ids is None else adapter_ids.reshape(-1).long()
     matrix = ids is None and by_matrix(len(flat), width, rank)
-    y = VERA_PRODUCTS(flat, *layer[1:], A, B, *vectors, ids, matrix)
+    if u is None:
+        y = VERA_PRODUCTS(flat, *layer[1:], A, B, *vectors, ids, matrix)
+    else:
+        own_u = u.reshape(-1, rank).to(x.dtype)
+        y = VERA_EXPANDED(flat, *layer[1:], own_u, B, *vectors, ids, matrix)
     return y.reshape(*x.shape[:-1], width)
 
 
@@ -142,6 +152,7 @@ def _form(
         A.shape[0],
         dense=not (trained or dropped or adapter_ids is not None),
         merge=x.dtype in EXACT if merge is None else merge,
+        parts=1 if x.dtype in EXACT else 2,
     )
 
 
@@ -199,6 +210,18 @@ def _check_rest(
     _checks.non_negative(NAME, "dropout_p", dropout_p)
     if dropout_p > 1:
         raise ValueError(f"{NAME}: dropout_p: expected a share from 0 to 1, got {dropout_p}")
+
+
+def _check_u(u: Any, x: Tensor, A: Tensor, merge: Any, drops: bool) -> None:
+    """X Aᵀ, where that is what the adapter multiplies by."""
+    _checks.floating_tensor(NAME, "u", u)
+    _checks.same_device(NAME, "u", u, "x", x)
+    expected = (*x.shape[:-1], A.shape[0])
+    if _checks.shape(u) != tuple(expected):
+        raise ValueError(f"{NAME}: u: expected shape {tuple(expected)}, got {_checks.shape(u)}")
+    for what, holds in (("dropout", drops), ("merge=True", merge is True)):
+        if holds:
+            raise ValueError(f"{NAME}: u: expected None with {what}, got a tensor")
 
 
 def _check_merge(

@@ -29,10 +29,26 @@ def vera_products(
 ) -> tuple[Tensor, Tensor]:
     """(T, m), (n, m), (n), (r, ≥ m), (≥ n, r), (N, r), (N, n), (T) -> (T, n), (T, r)."""
     u = vera_shrink(x, A)
+    return vera_expanded(x, weight, bias, u, B, lambda_d, lambda_b, adapter_ids, by_matrix), u
+
+
+def vera_expanded(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    adapter_ids: Tensor | None,
+    by_matrix: bool,
+) -> Tensor:
+    """(T, m), (n, m), (n), (T, r), (≥ n, r), (N, r), (N, n), (T) -> (T, n)."""
     adapter = u, lambda_d, lambda_b, B, adapter_ids
     if fuses(x.dtype, *x.shape):
-        return vera_fused(x, weight, bias, *adapter), u
-    return expand.vera_expand(F.linear(x, weight, bias), *adapter, by_matrix), u
+        return vera_fused(x, weight, bias, *adapter)
+    y: Tensor = expand.vera_expand(F.linear(x, weight, bias), *adapter, by_matrix)
+    return y
 
 
 def vera_products_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmkernels._library import GpuKernel, Op
-from fmkernels.ops.vera_expand import cpp, reference
+from fmkernels.ops.vera_expand import VERA_EXPAND_BACKWARD, cpp, reference
 from fmkernels.ops.vera_shrink.gpu_config import limits
 
 
@@ -34,8 +34,25 @@ def forward_by(
 ) -> tuple[Tensor, Tensor]:
     """Y, and U."""
     u = F.linear(x, A[:, : x.shape[1]].to(x.dtype))
+    return expanded_by(expand, x, weight, bias, u, B, lambda_d, lambda_b, adapter_ids, by_matrix), u
+
+
+def expanded_by(
+    expand: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor,
+    B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    adapter_ids: Tensor | None,
+    by_matrix: bool,
+) -> Tensor:
+    """Y, of a U that is known."""
     base = F.linear(x, weight, bias)
-    return expand.add_update_(base, u, lambda_d, lambda_b, B, adapter_ids, by_matrix), u
+    y: Tensor = expand.add_update_(base, u, lambda_d, lambda_b, B, adapter_ids, by_matrix)
+    return y
 
 
 def backward_by(
@@ -120,6 +137,36 @@ VERA_PRODUCTS = Op(
     gpu=GPU,
 )
 """(T, m), (n, m), (n), (r, ≥ m), (≥ n, r), (N, r), (N, n), (T) int64 -> (T, n), (T, r)."""
+
+
+def _setup_expanded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, u, B, lambda_d, lambda_b, adapter_ids, ctx.by_matrix = inputs
+    ctx.save_for_backward(weight, u, lambda_d, lambda_b, B, adapter_ids)
+
+
+def _expanded_backward(ctx: Any, on_reference: bool, grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, of_u, of_d, of_b = (ctx.needs_input_grad[i] for i in (0, 3, 5, 6))
+    weight, *adapter = ctx.saved_tensors
+    grad_x = grad @ weight if of_x else None
+    grad_u, grad_d, grad_b = VERA_EXPAND_BACKWARD.run(
+        on_reference, grad, *adapter, ctx.by_matrix, of_u, of_d or of_b
+    )
+    of_vectors = (grad_d if of_d else None, grad_b if of_b else None)
+    return (grad_x, None, None, grad_u if of_u else None, None, *of_vectors)
+
+
+VERA_EXPANDED = Op(
+    "vera_expanded",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor u, Tensor B, Tensor lambda_d, Tensor lambda_b,"
+    " Tensor? adapter_ids, bool by_matrix) -> Tensor",
+    reference=_by(expanded_by, reference),
+    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+    setup_context=_setup_expanded,
+    backward=_expanded_backward,
+    cpu=_by(expanded_by, cpp),
+    gpu=GPU,
+)
+"""The same of a U (T, r) that is known, because another layer reads x, too: -> (T, n)."""
 
 VERA_PRODUCTS_BACKWARD = Op(
     "vera_products_backward",
