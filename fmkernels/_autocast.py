@@ -21,11 +21,16 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def multiplied_in(tensor: Tensor) -> torch.dtype:
+    """The dtype in which PyTorch's products take the tensor: autocast's where it is on."""
+    if tensor.dtype == torch.float64 or not autocasts(tensor):
+        return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
 def lower_precision(tensor: Tensor) -> Tensor:
     """In the dtype in which autocast multiplies, where it is on: as PyTorch's own products do."""
-    if tensor.dtype == torch.float64 or not autocasts(tensor):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return tensor.to(multiplied_in(tensor))
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from fmkernels._autocast import autocasts
+from fmkernels._autocast import multiplied_in
 from fmkernels.ops.vera_shrink import vera_shrink
 
 
@@ -56,8 +56,7 @@ class SharedMatrices(nn.Module):
 
     def for_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A and B on the device and in the dtype in which x is multiplied."""
-        casts = x.dtype != torch.float64 and autocasts(x)
-        return self.on(x.device, torch.get_autocast_dtype(x.device.type) if casts else x.dtype)
+        return self.on(x.device, multiplied_in(x))
 
     def on(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A and B on a device; the same tensors for the same device and dtype."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fmkernels import vera_matrices
 
-from .vera_base import base_device, wide_weight
+from .vera_base import META, base_device, wide_weight
 from .vera_config import VeraConfig
 from .vera_keys import vector_sizes
 from .vera_shared import SharedMatrices
@@ -54,7 +54,7 @@ def new_vectors(
             "lambda_b": torch.ones(sizes["lambda_b"], **options),
         }
     if config.use_dora:
-        is_meta = options["device"].type == "meta"
+        is_meta = options["device"] == META
         vectors["magnitude"] = (
             torch.empty(sizes["magnitude"], **options)
             if is_meta
@@ -74,7 +74,7 @@ def draw(
     config: VeraConfig, largest: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """A and B of the configuration's seed, for layers of at most these inputs and outputs."""
-    if device.type == "meta":
+    if device == META:
         empty = functools.partial(torch.empty, device=device, dtype=dtype)
         return empty(config.r, largest[0]), empty(largest[1], config.r)
     seed = config.projection_prng_key
