@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from fmkernels.demo import beside_peft, finetuning_report, text_encoder
+from fmkernels.demo import finetuning_report, text_encoder
 
 
 def main(seeds: int = 3, steps: int = 40, memory: bool = True):
@@ -20,13 +20,7 @@ def main(seeds: int = 3, steps: int = 40, memory: bool = True):
         print(f"the text encoder is missing: {text_encoder.HOW_TO_GET_IT}")
         return None
     problem = text_encoder.problem(path, steps)
-    results = finetuning_report.compare(problem, seeds)
-    if memory:
-        finetuning_report.measure_memory(problem.name, results)
-    print("\n" + finetuning_report.as_markdown(finetuning_report.rows(results)))
-    if finetuning_report.has_peft():
-        print("\n" + beside_peft.sentence(beside_peft.difference(problem, results["VeRA"].rate)))
-    return results
+    return finetuning_report.print_comparison(problem, seeds, memory=memory)
 
 
 if __name__ == "__main__":

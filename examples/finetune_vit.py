@@ -10,18 +10,12 @@ import argparse
 
 import torch
 
-from fmkernels.demo import beside_peft, finetuning_report, new_digits
+from fmkernels.demo import finetuning_report, new_digits
 
 
 def main(seeds: int = 10, pretraining: int = 150, steps: int = 100, memory: bool = True):
     problem = new_digits.problem(pretraining, steps)
-    results = finetuning_report.compare(problem, seeds)
-    if memory:
-        finetuning_report.measure_memory(problem.name, results)
-    print("\n" + finetuning_report.as_markdown(finetuning_report.rows(results)))
-    if finetuning_report.has_peft():
-        print("\n" + beside_peft.sentence(beside_peft.difference(problem, results["VeRA"].rate)))
-    return results
+    return finetuning_report.print_comparison(problem, seeds, memory=memory)
 
 
 if __name__ == "__main__":

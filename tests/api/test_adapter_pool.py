@@ -16,7 +16,7 @@ from fmkernels.api import (
     UnknownAdapterError,
     VeraConfig,
     VeraModel,
-    adapter_pool,
+    adapter_tables,
     get_vera_model,
 )
 
@@ -359,7 +359,7 @@ def test_an_adapter_that_cannot_be_written_leaves_the_pool_as_it_was(monkeypatch
     names = ["a0", "a1"] * 2
     with torch.no_grad():
         before = pool(X[:4], adapter_names=names)
-        write, calls = adapter_pool._Tables.write, []
+        write, calls = adapter_tables.Tables.write, []
 
         def failing(self, slot, row):
             calls.append(slot)
@@ -369,7 +369,7 @@ def test_an_adapter_that_cannot_be_written_leaves_the_pool_as_it_was(monkeypatch
             write(self, slot, row)
 
         with monkeypatch.context() as patch:
-            patch.setattr(adapter_pool._Tables, "write", failing)
+            patch.setattr(adapter_tables.Tables, "write", failing)
             with pytest.raises(Stop):
                 pool.put(name, vectors(9))
         assert pool.names == ["a0", "a1"]

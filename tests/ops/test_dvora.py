@@ -1,5 +1,8 @@
 """DVoRA: parity with DoRA over VeRA written out, norms and their cache, magnitudes, refusals."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -351,3 +354,27 @@ def test_under_torch_func():
 def test_refusals_of_norms(make, error, message):
     with pytest.raises(error, match=f"DvoraNorms: {message}"):
         make(GIVEN[1], GIVEN[3], GIVEN[4])
+
+
+def test_norms_asked_for_by_several_threads_are_those_of_their_own_vectors():
+    torch.manual_seed(0)
+    weight, A, B = torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
+    vectors = [(torch.randn(4), torch.randn(6)) for _ in range(4)]
+    expected = [fmkernels.DvoraNorms(weight, A, B)(*pair) for pair in vectors]
+    shared, wrong = fmkernels.DvoraNorms(weight, A, B), []
+
+    def ask(i):
+        found = [shared(*vectors[i]).clone() for _ in range(500)]
+        wrong.extend(i for norms in found if not torch.equal(norms, expected[i]))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong

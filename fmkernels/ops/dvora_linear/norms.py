@@ -66,9 +66,11 @@ class DvoraNorms:
         if states != self._states:
             self._constants, self._states = constants(*self.matrices), states
             self._norms = None
-        if self._norms is None or not self._norms.are_of(lambda_d, lambda_b):
-            self._norms = _Norms(self._constants, lambda_d, lambda_b)
-        return self._norms.values
+        # once read: another thread may put norms of other vectors there
+        norms = self._norms
+        if norms is None or not norms.are_of(lambda_d, lambda_b):
+            norms = self._norms = _Norms(self._constants, lambda_d, lambda_b)
+        return norms.values
 
 
 class _Norms:
