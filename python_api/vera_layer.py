@@ -50,7 +50,6 @@ class VeraLayer(nn.Module):
         self.readers = 1
         """How many layers may read the same input, as query, key and value do: then X Aᵀ is
         computed once for all of them."""
-        self.merged: str | None = None
         self._norms = _Norms()
 
     @property
@@ -70,7 +69,7 @@ class VeraLayer(nn.Module):
             groups = rows.groups(self)
             if groups:
                 return self._by_rows(x, groups, rows.count, args, kwargs)
-        elif active is not None and active in self.lambda_d and self.merged is None:
+        elif active is not None and active in self.lambda_d and self.state.merged is None:
             return self._by_one(x, active, args, kwargs)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y

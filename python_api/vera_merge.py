@@ -47,7 +47,7 @@ class MergedAdapter:
         for path, layer in layers.items():
             merged.originals[path] = layer, originals[path]
             layer.base_layer.weight = nn.Parameter(adapted[path], originals[path].requires_grad)
-            layer.merged = layer.state.merged = name
+            layer.state.merged = name
         return merged
 
     def undo(self) -> None:
@@ -57,7 +57,7 @@ class MergedAdapter:
             if (original.device, original.dtype) != (merged.device, merged.dtype):
                 original.data = original.data.to(merged.device, merged.dtype)
             layer.base_layer.weight = original
-            layer.merged = layer.state.merged = None
+            layer.state.merged = None
 
 
 def check_whole(op: str, model: nn.Module) -> None:

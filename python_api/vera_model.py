@@ -506,7 +506,8 @@ def _check_bare(model: nn.Module) -> None:
             "accelerate_peft speeds it up as it is, and VeraModel.from_pretrained loads its files "
             "over the bare model"
         )
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    # what torch.compile gives; its class is not to be had without importing the compiler
+    if "_orig_mod" in model._modules:
         raise ValueError(
             f"{OP}: model: expected a model that is not compiled, got one that is; adapt it first, "
             "then compile what you get"

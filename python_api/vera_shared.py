@@ -49,11 +49,6 @@ class SharedMatrices(nn.Module):
             self.B.copy_(B)
         return self
 
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.A.shape[0]
-
     def for_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A and B on the device and in the dtype in which x is multiplied."""
         return self.on(x.device, multiplied_in(x))

@@ -266,6 +266,14 @@ def refused(saved, name, data):
     return message
 
 
+def with_another_bit(content, data, start=0):
+    """The content with one bit changed, at ``start`` or after it; and in which byte."""
+    changed = bytearray(content)
+    bit = data.draw(st.integers(8 * start, 8 * len(changed) - 1))
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed), bit // 8
+
+
 @given(st.data())
 def test_files_that_are_cut_short(saved, data):
     name = data.draw(st.sampled_from([WEIGHTS, CONFIG]))
@@ -279,22 +287,18 @@ def test_files_that_are_cut_short(saved, data):
 @given(st.data())
 def test_a_bit_of_the_tensors_that_has_changed(saved, data):
     """Noticed, wherever it is; but for one in a name in the head that says nothing here."""
-    content = bytearray(saved[1][WEIGHTS])
-    bit = data.draw(st.integers(0, 8 * len(content) - 1))
-    content[bit // 8] ^= 1 << bit % 8
-    message = refused(saved, WEIGHTS, bytes(content))
+    content, place = with_another_bit(saved[1][WEIGHTS], data)
+    message = refused(saved, WEIGHTS, content)
     head = saved[1][WEIGHTS].split(b"}", 1)[0]  # of the metadata, which come first
     if message is None:
-        assert bit // 8 < len(head) or bytes(content[bit // 8 : bit // 8 + 1]).isspace()
+        assert place < len(head) or content[place : place + 1].isspace()
 
 
 @given(st.data())
 def test_a_bit_of_any_vector_that_has_changed(saved, data):
-    content = bytearray(saved[1][WEIGHTS])
+    content = saved[1][WEIGHTS]
     start = 8 + int.from_bytes(content[:8], "little")
-    bit = data.draw(st.integers(8 * start, 8 * len(content) - 1))
-    content[bit // 8] ^= 1 << bit % 8
-    message = refused(saved, WEIGHTS, bytes(content))
+    message = refused(saved, WEIGHTS, with_another_bit(content, data, start)[0])
     assert message is not None
     assert "is damaged: its tensors are not what was saved" in message
 
@@ -302,12 +306,10 @@ def test_a_bit_of_any_vector_that_has_changed(saved, data):
 @given(st.data())
 def test_a_bit_of_the_configuration_that_has_changed(saved, data):
     """Refused in words, or another valid configuration of the same tensors."""
-    content = bytearray(saved[1][CONFIG])
-    bit = data.draw(st.integers(0, 8 * len(content) - 1))
-    content[bit // 8] ^= 1 << bit % 8
-    message = refused(saved, CONFIG, bytes(content))
+    content, _ = with_another_bit(saved[1][CONFIG], data)
+    message = refused(saved, CONFIG, content)
     if message is None:
-        fields, before = json.loads(bytes(content)), json.loads(saved[1][CONFIG])
+        fields, before = json.loads(content), json.loads(saved[1][CONFIG])
         changed = {n for n in {*fields, *before} if fields.get(n, before) != before.get(n, fields)}
         computed = {"r", "target_modules", "projection_prng_key", "bias", "peft_type"}
         assert not changed & computed

@@ -411,29 +411,22 @@ def test_checkpoints_in_checkpoints_and_around_the_model(reentrant, inner):
     model = adapted(Nested().double())
     x, grad = problem(model, NAMES, torch.float64)
     exact = reference.rows_by_separate_models(_of_net(model), NAMES, x, grad, torch.float64)
+
+    def check_backward(y, leaf):
+        y.backward(grad)
+        assert choice(model) == (None, None)
+        found = {"y": y.detach(), "x": leaf.grad, **reference.gradients_of(model)}
+        check_same(found, exact, exact, torch.float64)
+
     leaf = x.clone().requires_grad_()
     y = model(leaf, adapter_names=NAMES)
     model.set_adapter(None)
-    y.backward(grad)
-    assert choice(model) == (None, None)
-    check_same(
-        {"y": y.detach(), "x": leaf.grad, **reference.gradients_of(model)},
-        exact,
-        exact,
-        torch.float64,
-    )
+    check_backward(y, leaf)
 
     model.zero_grad()
     leaf = x.clone().requires_grad_()
     y = checkpoint(lambda x: model(x, adapter_names=NAMES), leaf, use_reentrant=reentrant)
-    y.backward(grad)
-    assert choice(model) == (None, None)
-    check_same(
-        {"y": y.detach(), "x": leaf.grad, **reference.gradients_of(model)},
-        exact,
-        exact,
-        torch.float64,
-    )
+    check_backward(y, leaf)
 
 
 # U, once for all that read the same input
