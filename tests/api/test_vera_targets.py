@@ -491,7 +491,7 @@ def test_unknown_fields_that_are_off_are_passed_over():
         ({"init_weights": "gaussian"}, TypeError, "init_weights: expected True or False"),
         ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out: expected True or False"),
         ({"target_modules": [1]}, TypeError, r"target_modules: expected non-empty names, got \[1"),
-        ({"target_modules": {1, "a"}}, TypeError, "target_modules: expected non-empty names"),
+        ({"target_modules": {1}}, TypeError, "target_modules: expected non-empty names"),
         ({"target_modules": ""}, TypeError, "target_modules: expected a non-empty string or"),
         ({"target_modules": 3}, TypeError, "target_modules: expected a non-empty string or"),
         ({"modules_to_save": "head"}, TypeError, "modules_to_save: expected a list of names"),
