@@ -16,7 +16,7 @@ from fmkernels.ops.dvora_linear import DVORA_SCALE
 from fmkernels.ops.dvora_linear.norms import built_norms
 from fmkernels.ops.vera_dropout import vera_dropout
 from fmkernels.ops.vera_linear import EXACT
-from fmkernels.ops.vera_linear.formulation import formulation
+from fmkernels.ops.vera_linear.formulation import DENSE, formulation
 
 from .vera_base import (
     base_bias,
@@ -79,29 +79,47 @@ class VeraLayer(nn.Module):
         A, B = matrices.for_input(x)
         adapter = A, B, self.lambda_d[name], self.lambda_b[name]
         dropout = config.vera_dropout if self.training else 0.0
-        weight = None if args or kwargs else plain_weight(self.base_layer)
         if config.use_dora:
-            return self._scaled(x, weight, name, adapter, dropout, args, kwargs)
-        if weight is not None:
-            u = self._shrink(x, A, 0.0) if self._shares(x, weight, config.r, dropout) else None
-            bias = base_bias(self.base_layer)
-            return fmkernels.vera_linear(
-                x, weight, bias, *adapter, dropout_p=dropout, training=self.training, u=u
-            )
-        base = self._base(x, weight, args, kwargs)
-        return fmkernels.vera_expand(base, self._shrink(x, A, dropout), *_second_half(adapter))
+            before = self._updated(x, adapter, dropout, args, kwargs, with_bias=False)
+            norms = self._norms.of(self, name)
+            flat = before.reshape(-1, self.out_features)
+            y: Tensor = DVORA_SCALE(flat, self.magnitude[name], norms, self._bias(before))
+            return y.reshape(before.shape)
+        return self._updated(x, adapter, dropout, args, kwargs, with_bias=True)
 
-    def _shares(self, x: Tensor, weight: Tensor, rank: int, dropout: float) -> bool:
-        """Whether to share X Aᵀ: not where it is not computed, or dropout makes it another."""
-        if self.readers == 1 or dropout or is_compiling():
-            return False
-        merge = lower_precision(x).dtype in EXACT
-        sizes = x.shape[:-1].numel(), self.in_features, self.out_features, rank
-        dense = not weight.requires_grad
-        taken = formulation(
-            *sizes, dense=dense, merge=merge, readers=self.readers, parts=1 if merge else 2
+    def _updated(
+        self, x: Tensor, adapter: tuple[Tensor, ...], dropout: float, args: Any, kwargs: Any,
+        with_bias: bool,
+    ) -> Tensor:  # fmt: skip
+        """X W0ᵀ + update, and the bias."""
+        A, B, lambda_d, lambda_b = adapter
+        weight = None if args or kwargs else plain_weight(self.base_layer)
+        if weight is None:
+            base = self._base(x, None, args, kwargs, with_bias=with_bias)
+            return fmkernels.vera_expand(base, self._shrink(x, A, dropout), lambda_d, lambda_b, B)
+        return fmkernels.vera_linear(
+            x,
+            weight,
+            base_bias(self.base_layer) if with_bias else None,
+            *adapter,
+            dropout_p=dropout,
+            training=self.training,
+            u=self._shared(x, weight, A, dropout),
         )
-        return taken == "products"
+
+    def _shared(self, x: Tensor, weight: Tensor, A: Tensor, dropout: float) -> Tensor | None:
+        """X Aᵀ for several layers: not where it is not computed, or dropout makes it another."""
+        if self.readers == 1 or dropout or is_compiling():
+            return None
+        merge = lower_precision(x).dtype in EXACT
+        sizes = x.shape[:-1].numel(), self.in_features, self.out_features, len(A)
+        builds = not weight.requires_grad
+        form = formulation(
+            *sizes, builds=builds, merge=merge, readers=self.readers, parts=1 if merge else 2
+        )
+        if form in DENSE:
+            return None
+        return self.state.shared_input.shrink(self, x, A, tracked=form == "products")
 
     def _shrink(self, x: Tensor, A: Tensor, dropout: float) -> Tensor:
         if dropout:
@@ -127,19 +145,6 @@ class VeraLayer(nn.Module):
         if is_elsewhere or not hasattr(self.base_layer, "bias"):
             return self._norms.bias(self)
         return bias
-
-    def _scaled(
-        self, x: Tensor, weight: Tensor | None, name: str, adapter: tuple[Tensor, ...],
-        dropout: float, args: Any, kwargs: Any,
-    ) -> Tensor:  # fmt: skip
-        """DVoRA: magnitude / norms ⊙ (X W0ᵀ + update) + bias."""
-        base = self._base(x, weight, args, kwargs, with_bias=False)
-        u = self._shrink(x, adapter[0], dropout)
-        before = fmkernels.vera_expand(base, u, *_second_half(adapter))
-        flat = before.reshape(-1, self.out_features)
-        norms = self._norms.of(self, name)
-        y: Tensor = DVORA_SCALE(flat, self.magnitude[name], norms, self._bias(before))
-        return y.reshape(before.shape)
 
     def _magnified(self, before: Tensor, scale: Tensor) -> Tensor:
         bias = self._bias(before)
@@ -297,8 +302,3 @@ class _State:
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
-
-
-def _second_half(adapter: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    _, B, lambda_d, lambda_b = adapter
-    return lambda_d, lambda_b, B

@@ -119,8 +119,8 @@ class SharedInput:
         """Whoever comes next computes again."""
         self._last = None
 
-    def shrink(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        """(…, m), (r, ≥ m) -> U (…, r)."""
+    def shrink(self, layer: nn.Module, x: Tensor, A: Tensor, tracked: bool = True) -> Tensor:
+        """(…, m), (r, ≥ m) -> U (…, r); if it is not tracked, no gradient goes through it."""
         if is_compiling() or x.is_inference():  # nobody counts changes of an inference tensor
             return vera_shrink(x, A)
         mode = (
@@ -128,12 +128,14 @@ class SharedInput:
             torch.is_grad_enabled(),
             _keeper(),
         )
+        tracked = tracked and x.requires_grad and torch.is_grad_enabled()
         last = self._last  # read once: other threads may write it
         is_same = last is not None and last.x() is x and last.A is A and last.mode == mode
-        if last is not None and is_same and id(layer) not in last.readers:
+        serves = last is not None and (last.u.requires_grad or not tracked)
+        if last is not None and is_same and serves and id(layer) not in last.readers:
             last.readers.add(id(layer))
-            return last.u
-        u = vera_shrink(x, A)
+            return last.u if tracked else last.u.detach()
+        u = vera_shrink(x if tracked else x.detach(), A)
         if u.requires_grad:
             u.register_hook(self.forget)
         self._last = _Last(weakref.ref(x, self.forget), A, mode, u, {id(layer)})

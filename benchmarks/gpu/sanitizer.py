@@ -81,7 +81,7 @@ def small_adapters(tokens: int, into: int, out: int, rank: int) -> None:
         assert y.isfinite().all()
         VERA_EXPAND_BACKWARD(y, u, d, b, B, ids, False, True, True)
         layer = x, normal(out, into).to(half), None, normal(rank, into).to(half)
-        VERA_PRODUCTS(*layer, B, d, b, ids, False)
+        VERA_PRODUCTS(*layer, B, d, b, ids, False, False, False)
     VERA_SHRINK(vera_dropout(x, 0.5, seed=1), normal(rank, into).to(half))
     norms = torch.ones(out, device=DEVICE)
     DVORA_SCALE_BACKWARD(y, DVORA_SCALE(base, norms, norms, norms), norms, norms)

@@ -127,17 +127,15 @@ class FineTuning(Workload):
 
     def operations(self) -> int:
         """Of the linear layers, forward and backward to their inputs; those of the adapters."""
-        from fmkernels.ops.vera_linear.formulation import multiplications
+        from fmkernels.ops.vera_linear.formulation import fewest
 
         rows, w = self.sequences * self.tokens, self.width
         up = 2 if self.kind == "llama" else 1
         shapes = [(w, w)] * 4 + [(w, self.inner)] * up + [(self.inner, w)]
         adapted = shapes if self.kind == "llama" else [(w, w)] * 2
         base = sum(4 * rows * into * out for into, out in shapes)
-        adapters = sum(
-            2 * min(multiplications(rows, *shape, self.rank)[f] for f in ("products", "apart"))
-            for shape in adapted
-        )
+        exact = self.dtype == torch.float32
+        adapters = sum(2 * fewest(rows, *shape, self.rank, merge=exact) for shape in adapted)
         return self.depth * (base + adapters)
 
     def bytes_moved(self) -> int:

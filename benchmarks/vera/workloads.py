@@ -42,10 +42,10 @@ class Adapted(Workload):
 
     def operations(self) -> int:
         """Of the base layer, and of the adapter's products in the form with the fewest."""
-        from fmkernels.ops.vera_linear.formulation import multiplications
+        from fmkernels.ops.vera_linear.formulation import fewest
 
         sizes = (self.tokens, self.into, self.out, self.rank)
-        adapter = min(multiplications(*sizes)[form] for form in ("products", "apart"))
+        adapter = fewest(*sizes, merge=self.dtype == torch.float32)
         return 4 * self.tokens * self.into * self.out + 2 * adapter
 
     def bytes_moved(self) -> int:

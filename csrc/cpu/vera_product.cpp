@@ -1,7 +1,6 @@
 // Products of bfloat16 with sums in float32, for fmkernels/ops/vera_*/cpp.py.
 #include "vera_product_kernel.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 
@@ -47,27 +46,19 @@ class Packed {
   std::unique_ptr<uint32_t, Free> words_;
 };
 
-// (tiles · 6, stride) of the packed factors, without what is padding: (rows, columns).
+// (tiles · 6, stride), with what is padding, of the packed factors.
 Tensor multiply(
-    const Packed& left, const Packed& right, int64_t pairs, int64_t rows, int64_t columns,
-    int64_t stride) {
+    const Packed& left, const Packed& right, int64_t pairs, int64_t rows, int64_t stride) {
   const int64_t tiles = rounded_up(rows, vera_tile_rows) / vera_tile_rows;
-  const Tensor padded = empty<float>({tiles * vera_tile_rows, stride});
-  float* to = data_of<float>(padded);
+  const Tensor result = empty<float>({tiles * vera_tile_rows, stride});
+  float* to = data_of<float>(result);
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
     kernels().multiply(left.words(), right.words(), pairs, stride, first, last, to);
-  });
-  const Tensor result = empty<float>({rows, columns});
-  float* dense = data_of<float>(result);
-  torch::stable::parallel_for(0, rows, 64, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      std::copy_n(to + i * stride, columns, dense + i * columns);
-    }
   });
   return result;
 }
 
-// Gᵀ U of (T, n) and (T, r): (n, r).
+// Gᵀ U of (T, n) and (T, r): (n, r), and padding.
 Tensor sum_of_outer(const Tensor& g, const Tensor& u) {
   check(g, ScalarType::BFloat16);
   check(u, ScalarType::BFloat16);
@@ -80,10 +71,10 @@ Tensor sum_of_outer(const Tensor& g, const Tensor& u) {
     kernels().pack_left(of_g, inner, rows, pairs, first, last, left.words());
     kernels().pack_right(of_u, inner, columns, stride, first, last, right.words());
   });
-  return multiply(left, right, pairs, rows, columns, stride);
+  return multiply(left, right, pairs, rows, stride);
 }
 
-// S Aᵀ of (n, m) in float32 and (r, m): (n, r). S counts as two numbers of bfloat16.
+// S Aᵀ of (n, m) in float32 and (r, m): (n, r), and padding. S counts as two numbers of bfloat16.
 Tensor product_of_rows(const Tensor& s, const Tensor& a) {
   check(s, ScalarType::Float);
   check(a, ScalarType::BFloat16);
@@ -101,7 +92,7 @@ Tensor product_of_rows(const Tensor& s, const Tensor& a) {
     kernels().pack_right_of_rows(
         of_a, columns, inner, stride, pairs, first, last, right.words());
   });
-  return multiply(left, right, 2 * pairs, rows, columns, stride);
+  return multiply(left, right, 2 * pairs, rows, stride);
 }
 
 }  // namespace

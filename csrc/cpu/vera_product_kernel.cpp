@@ -11,6 +11,7 @@ FMKERNELS_NAMESPACE_BEGIN
 namespace {
 
 constexpr int rows = vera_tile_rows, columns = vera_tile_columns;
+constexpr int64_t chunk = 16;  // pairs whose rows are packed together
 
 FMKERNELS_INLINE uint32_t pair(uint16_t low, uint16_t high) {
   return low | static_cast<uint32_t>(high) << 16;
@@ -22,18 +23,26 @@ FMKERNELS_INLINE uint16_t rounded(float value) {
   return narrowed.bits;
 }
 
-// Pairs [first, last) of rows of x (inner, width), a tile after the other.
+// Pairs [first, last) of rows of x (inner, width), a tile after the other: a few pairs at a time,
+// whose rows stay in the cache while every tile gets what lies side by side in it.
 void pack_left(
     const uint16_t* x, int64_t inner, int64_t width, int64_t pairs, int64_t first, int64_t last,
     uint32_t* packed) {
-  for (int64_t p = first; p < last; ++p) {
-    const uint16_t *low = x + 2 * p * width, *high = low + width;
-    const bool whole = 2 * p + 1 < inner;
-    for (int64_t i = 0; i < width; ++i) {
-      packed[(i / rows * pairs + p) * rows + i % rows] = pair(low[i], whole ? high[i] : 0);
-    }
-    for (int64_t i = width; i % rows != 0; ++i) {
-      packed[(i / rows * pairs + p) * rows + i % rows] = 0;
+  for (int64_t start = first; start < last; start += chunk) {
+    const int64_t end = start + chunk < last ? start + chunk : last;
+    for (int64_t column = 0; column < width; column += rows) {
+      const int64_t some = width - column < rows ? width - column : rows;
+      uint32_t* to = packed + column * pairs + start * rows;
+      for (int64_t p = start; p < end; ++p, to += rows) {
+        const uint16_t *low = x + 2 * p * width + column, *high = low + width;
+        if (some == rows && 2 * p + 1 < inner) {
+          for (int i = 0; i < rows; ++i) to[i] = pair(low[i], high[i]);
+          continue;
+        }
+        for (int i = 0; i < rows; ++i) {
+          to[i] = i >= some ? 0 : pair(low[i], 2 * p + 1 < inner ? high[i] : 0);
+        }
+      }
     }
   }
 }

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import vera_reference as reference
-from vera_reference import BASE, DTYPES, Net, adapted, check_same
+from vera_reference import BASE, DTYPES, Net, adapted, check_same, of_several
 
 from fmkernels.api import VeraConfig, VeraModel, get_vera_model
 from fmkernels.api.vera_layer import VeraLayer
@@ -19,6 +19,8 @@ MIXED = {
     "vera": VeraConfig(r=4, target_modules=TARGETS),
     "wide": VeraConfig(r=20, target_modules=TARGETS, use_dora=True, modules_to_save=["head"]),
 }
+MODELS = 4
+"""With weights of their own, of one case."""
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 every_kind = pytest.mark.parametrize("conv", [False, True], ids=["Linear", "Conv1D"])
 
@@ -39,17 +41,21 @@ def is_reference(model, name, x):
 @pytest.mark.parametrize("name", list(MIXED))
 def test_values_and_gradients_are_the_formula_s(dtype, conv, name):
     """Of the magnitudes too; norms without a gradient."""
-    model = adapted(Net(conv).to(dtype), MIXED)
-    model.set_adapter(name)
     x, grad = inputs(dtype=dtype)
-    leaf = x.clone().requires_grad_()
-    y = model(leaf)
-    y.backward(grad)
-    found = {"y": y.detach(), "x": leaf.grad, **reference.gradients_of(model)}
-    given = model, [name] * len(x), x, grad
-    exact = reference.rows_by_separate_models(*given, torch.float64)
-    check_same(found, reference.rows_by_separate_models(*given, dtype), exact, dtype)
-    assert ("magnitude" in {key[2] for key in exact if len(key) == 3}) == (name != "vera")
+    found, plain, exact = [], [], []
+    for seed in range(1, 1 + MODELS):
+        model = adapted(Net(conv).to(dtype), MIXED, seed)
+        model.set_adapter(name)
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.backward(grad)
+        found.append({"y": y.detach(), "x": leaf.grad, **reference.gradients_of(model)})
+        given = model, [name] * len(x), x, grad
+        plain.append(reference.rows_by_separate_models(*given, dtype))
+        exact.append(reference.rows_by_separate_models(*given, torch.float64))
+    check_same(*(of_several(results) for results in (found, plain, exact)), dtype)
+    kinds = {key[2] for key in exact[0] if isinstance(key, tuple)}
+    assert ("magnitude" in kinds) == (name != "vera")
 
 
 @every_dtype

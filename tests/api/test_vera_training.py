@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from vera_models import inputs_for, randomize_vectors, tiny_gpt2, tiny_llama, tiny_roberta
 
 from fmkernels.api import VeraConfig, get_vera_model
+from fmkernels.ops.vera_linear.formulation import formulation
 
 WIDTH = 12
 
@@ -151,22 +152,50 @@ def test_activation_checkpoints_of_transformers(tiny, use_reentrant):
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
-def test_x_times_a_is_computed_once_for_all_that_read_x(shrinks, use_reentrant):
-    model = attention(use_reentrant=use_reentrant)
-    results(model, torch.randn(4, 5, WIDTH))
+@pytest.mark.parametrize("tokens", [1, 30], ids=["products", "folded"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_x_times_a_is_computed_once_for_all_that_read_x(shrinks, use_reentrant, tokens, dora):
+    model = attention(dora, use_reentrant=use_reentrant)
+    results(model, torch.randn(4, tokens, WIDTH))
     assert len(shrinks) == (2 if use_reentrant is None else 4)  # of which half are in backward
 
 
-def test_graphs_of_what_was_shared_may_be_freed():
+@pytest.mark.parametrize("rows", [3, 60], ids=["products", "folded"])
+def test_graphs_of_what_was_shared_may_be_freed(rows):
     """Backward through one reader, and then the next reads the same input."""
     model = attention()
-    block, x = model.model[0], torch.randn(3, WIDTH, requires_grad=True)
+    block, x = model.model[0], torch.randn(rows, WIDTH, requires_grad=True)
     block.query(x).sum().backward()
     block.key(x).sum().backward()
     found = x.grad
     x.grad = None
     (block.query(x) + block.key(x)).sum().backward()
     torch.testing.assert_close(found, x.grad)
+
+
+@pytest.mark.parametrize("order", ["qk", "kq"])
+def test_a_reader_may_fold_its_update_where_another_does_not(shrinks, order):
+    """Keys that are narrower than queries: of U these need the graph, those only the numbers."""
+
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(24, 24), nn.Linear(24, 4)
+
+    model = adapted(Grouped().double(), target_modules=["q", "k"])
+    x = torch.randn(14, 24, dtype=torch.float64, requires_grad=True)
+    readers = [getattr(model.model, name) for name in order]
+    forms = [
+        formulation(14, 24, each.out_features, 2, builds=True, merge=True, readers=2)
+        for each in readers
+    ]
+    assert [form == "products" for form in forms] == [name == "q" for name in order]
+    sum(each(x).sum() for each in readers).backward()
+    assert len(shrinks) == (1 if order == "qk" else 2)
+    expected = sum(
+        each.adapted_weight("default", each.base_layer.weight).sum(0) for each in readers
+    )
+    torch.testing.assert_close(x.grad, expected.detach().expand(14, 24))
 
 
 def test_an_input_that_is_changed_is_multiplied_again():

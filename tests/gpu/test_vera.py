@@ -112,11 +112,15 @@ def test_base_layer_and_adapter_together(dtype, adapters, backend, verifies, dev
     with running(backend):
         for sizes in SIZES:
             x, weight, bias, A, d, b, B, ids = layer(sizes, dtype, device, adapters)
-            check(VERA_PRODUCTS, x, weight, bias, A, B, d, b, ids, False)
-            check(VERA_PRODUCTS, x[:3], weight, None, A, B, d[:1], b[:1], None, False)
+            unfolded, folded = (False, False), (True, True)
+            check(VERA_PRODUCTS, x, weight, bias, A, B, d, b, ids, False, *unfolded)
+            one = A, B, d[:1], b[:1], None, True
+            check(VERA_PRODUCTS, x[:3], weight, None, *one[:-1], False, *unfolded)
+            check(VERA_PRODUCTS, x, weight, bias, *one, *folded)
             u, grad = on_reference(VERA_SHRINK, x, A), torch.randn(len(x), len(weight)).to(x)
-            check(VERA_EXPANDED, x, weight, bias, u, B, d, b, ids, False)
-            given = grad, weight, u, A, B, d, b, ids, False
+            check(VERA_EXPANDED, x, weight, bias, u, A, B, d, b, ids, False, *unfolded)
+            check(VERA_PRODUCTS_BACKWARD, grad, weight, u, *one, True, True, True)
+            given = grad, weight, u, A, B, d, b, ids, False, False
             found = VERA_PRODUCTS_BACKWARD(*given, True, True)
             expected = VERA_EXPAND_BACKWARD(grad, u, d, b, B, ids, False, True, True)
             own_A = A[:, : weight.shape[1]].to(grad.dtype)

@@ -360,3 +360,15 @@ def test_again_is_the_same():
     first = gpu.vera_expand_backward(*arguments)
     again = gpu.vera_expand_backward(*arguments)
     assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+
+
+def test_a_folded_update_is_the_library_s_products():
+    x, weight, bias, _, d, b, B = layer(20, 21, 18, 5)
+    A, grad = torch.randn(5, 30), torch.randn(20, 18)
+    u, adapter = x @ A[:, :21].mT, (A, B, d, b, None, True)
+    y = fused_gpu.vera_expanded(x, weight, bias, u, *adapter, True, True)
+    found = fused_gpu.vera_products_backward(grad, weight, u, *adapter, True, True, False)
+    folded = weight + (b.mT * B[:18] * d) @ A[:, :21]
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, folded, bias))
+    torch.testing.assert_close(found[0], grad @ folded)
+    assert found[1].numel() == found[2].numel() == 0

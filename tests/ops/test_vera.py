@@ -26,6 +26,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 # (tokens, in, out, rank): widths that divide nothing, rank below, equal to and above them
 SIZES = [
     (1, 1, 1, 1),
+    (5, 40, 33, 7),
     (7, 5, 6, 4),
     (50, 33, 17, 8),
     (33, 16, 16, 40),
@@ -81,7 +82,7 @@ def test_parity_of_many_adapters(dtype):
 
 @every_dtype
 def test_the_reference_too(dtype):
-    for size in SIZES[:4]:
+    for size in SIZES[:5]:
         problems = [layer(*size).to(dtype) for _ in range(PROBLEMS)]
         with fmkernels.backend("reference"):
             for form in ({"merge": False}, {}):
@@ -121,6 +122,23 @@ def test_a_known_u_is_what_the_layer_multiplies_by():
         torch.testing.assert_close(a, e)
     trained = problem._replace(weight=problem.weight.requires_grad_())
     torch.testing.assert_close(fmkernels.vera_linear(*trained, u=u), expected)
+
+
+@pytest.mark.parametrize("how", ["few rows", "many rows", "adapters", "trained"])
+def test_of_a_u_without_a_graph_x_gets_all_of_its_gradient(how):
+    tokens = 2 if how == "few rows" else 40
+    problem = layer(tokens, 5, 6, 4, 3 if how == "adapters" else None).to(torch.float64)
+    ids = torch.randint(-1, 3, (tokens,)) if how == "adapters" else None
+    if how == "trained":
+        problem = problem._replace(weight=problem.weight.requires_grad_())
+
+    def with_u(x, *rest, **settings):
+        u = fmkernels.vera_shrink(x.detach(), problem.A)
+        return fmkernels.vera_linear(x, *rest, u=u, **settings)
+
+    found = values_and_gradients(with_u, problem, adapter_ids=ids)
+    for a, e in zip(found, values_and_gradients(composed, problem, adapter_ids=ids), strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @hypothesis.given(

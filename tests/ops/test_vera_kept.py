@@ -4,9 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from vera_layers import (
-    layer,
-)
+from vera_layers import SIZES_OF, layer
 
 import fmkernels
 from fmkernels.ops.vera_linear.formulation import formulation
@@ -92,25 +90,43 @@ def test_memory_does_not_grow_with_the_number_of_adapters():
     assert sizes[0] == sizes[1]
 
 
+def test_a_folded_update_leaves_the_products_of_the_base_layer():
+    tokens, into, out, rank = 64, 24, 20, 3
+    problem = layer(tokens, into, out, rank).to(torch.float32)
+
+    def step(**settings):
+        fmkernels.vera_linear(*problem, **settings).sum().backward()
+
+    own = {(tokens, into, rank): 1, (out, tokens, rank): 1}  # U and M
+    base = {(tokens, into, out): 1, (tokens, out, into): 1}  # Y and dX
+    assert products(step) == own | base | {(out, rank, into): 2}  # and W0 + ΔW twice
+    folded = own | base | {(tokens, rank, out): 1, (out, rank, into): 1}  # the update of Y
+    assert products(lambda: step(merge=False)) == folded
+
+
 def test_which_form_is_taken():
-    def form(*sizes, dense=True, merge=False, **sharing):
-        return formulation(*sizes, dense=dense, merge=merge, **sharing)
+    def form(*sizes, builds=True, merge=False, **sharing):
+        return formulation(*sizes, builds=builds, merge=merge, **sharing)
 
     roberta, vit, llama = (2048, 768, 768, 1024), (2048, 1024, 1024, 256), (512, 4096, 4096, 256)
-    assert form(*roberta) == "apart"
+    assert form(*roberta) == form(*roberta, parts=2) == "apart"
     assert form(*roberta, merge=True) == "merged"
-    assert form(*vit) == form(*llama) == "products"
-    assert form(*roberta, dense=False, merge=True) == "products"
+    assert form(*roberta, merge=True, keeps_x=False) == "refolded"
+    assert form(*vit) == form(*vit, parts=2) == "folded"
+    assert form(*vit, merge=True) == "refolded"
+    assert form(*llama) == form(*llama, merge=True) == "products"
+    assert form(*roberta, builds=False, merge=True) == "products"
     assert form(1, 768, 768, 1024, merge=True) == "products"
-    assert form(*roberta, parts=2) == "apart"
-    shorter = (1024, 768, 768, 1024)
-    assert form(*shorter, readers=2, parts=2) == "products"
-    assert form(*shorter, readers=2) == form(*shorter, parts=2) == "apart"
-    assert form(*shorter, readers=2, parts=2, merge=True) == "merged"
+    few = (700, 1024, 1024, 256)  # what is folded serves one layer, a product of dU several
+    assert form(*few) == "folded"
+    assert form(*few, readers=3) == "products"
+    for name, sizes in SIZES_OF.items():
+        assert form(*sizes, merge=name != "apart") == name
     for tokens in (1, 16, 300, 5000):
         for rank in (1, 64, 700, 3000):
             costs = {
                 "products": tokens * rank * (2 * 640 + 3 * 320),
-                "apart": 3 * tokens * 640 * 320 + 2 * 640 * 320 * rank,
+                "folded": tokens * rank * (640 + 2 * 320) + 640 * 320 * rank,
+                "apart": 2 * tokens * 640 * 320 + 2 * 640 * 320 * rank,
             }
             assert form(tokens, 640, 320, rank) == min(costs, key=costs.get)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
-from vera_layers import layer, of_shared_u, values_and_gradients
+from vera_layers import SIZES_OF, layer, of_shared_u, values_and_gradients
 
 import fmkernels
 from fmkernels import _library
@@ -39,14 +39,16 @@ def test_opcheck(suffix, dtype):
     check(VERA_EXPAND_BACKWARD, base, u, *detached, many.B, ids, False, False, True)
     for matrix, problem, given in ((True, one, None), (False, many, ids)):
         vectors = [x.reshape(-1, x.shape[-1]) for x in problem[5:]]
-        check(VERA_PRODUCTS, *problem[:5], *vectors, given, matrix)
-        leaf = u.clone().requires_grad_()
-        check(VERA_EXPANDED, *problem[:3], leaf, problem.B, *vectors, given, matrix)
-        vectors = [x.detach() for x in vectors]
-        check(
-            VERA_PRODUCTS_BACKWARD, base, problem.weight, u, problem.A, problem.B, *vectors,
-            given, matrix, True, True,
-        )  # fmt: skip
+        for folds in ((False, False), (False, True), (True, True))[: 3 if matrix else 1]:
+            check(VERA_PRODUCTS, *problem[:5], *vectors, given, matrix, *folds)
+            for known in (u, u.clone().requires_grad_()):
+                adapter = known, problem.A, problem.B, *vectors, given, matrix
+                check(VERA_EXPANDED, *problem[:3], *adapter, *folds)
+            constant = (x.detach() for x in vectors)
+            check(
+                VERA_PRODUCTS_BACKWARD, base, problem.weight, u, problem.A, problem.B, *constant,
+                given, matrix, folds[1], True, True,
+            )  # fmt: skip
     vectors = [x.detach()[None] for x in one[5:]]
     for merged in (True, False):
         check(VERA_DENSE, *one[:3], one.A, one.B, *vectors, merged)
@@ -57,16 +59,17 @@ def test_opcheck(suffix, dtype):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("form", ["products", "dense", "adapters", "dropout", "shared"])
+@pytest.mark.parametrize("form", [*SIZES_OF, "adapters", "dropout", "shared"])
 def test_compile_gives_the_same(form, dynamic):
     torch._dynamo.reset()
     several = 3 if form == "adapters" else None
-    rank = 40 if form == "dense" else 4
     settings = {"dropout_p": 0.4, "training": True, "seed": 3} if form == "dropout" else {}
+    settings |= {"merge": False} if form == "apart" else {}
     function = of_shared_u if form == "shared" else fmkernels.vera_linear
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
-    for tokens in (20, 31):
-        problem = layer(tokens, 8, 9, rank, several).to(torch.float32)
+    most, *sizes = SIZES_OF.get(form, (30, 8, 9, 4))
+    for tokens in (most - 1, most):
+        problem = layer(tokens, *sizes, several).to(torch.float32)
         if several:
             settings = {"adapter_ids": torch.randint(-1, 3, (tokens,))}
         found = values_and_gradients(compiled, problem, **settings)
@@ -75,13 +78,24 @@ def test_compile_gives_the_same(form, dynamic):
             torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("form", ["products", "dense", "adapters", "dropout", "halves"])
-def test_other_batches_and_seeds_are_no_new_graphs(form):
+@pytest.mark.parametrize(
+    ("form", "sizes"),
+    [
+        ("products", (400, 300, 4)),
+        ("folded", (64, 50, 4)),
+        ("refolded", (8, 9, 4)),
+        ("dense", (8, 9, 40)),
+        ("adapters", (8, 9, 4)),
+        ("dropout", (8, 9, 4)),
+        ("halves", (8, 9, 4)),
+    ],
+)
+def test_other_batches_and_seeds_are_no_new_graphs(form, sizes):
     """After the second size: the limit of a compiled function is eight."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     several = 3 if form == "adapters" else None
-    problem = layer(60, 8, 9, 40 if form == "dense" else 4, several).to(torch.float32)
+    problem = layer(60, *sizes, several).to(torch.float32)
 
     def run(x, ids, seed):
         if form == "halves":
@@ -101,10 +115,10 @@ def test_other_batches_and_seeds_are_no_new_graphs(form):
     assert counter.frame_count <= 3
 
 
-@pytest.mark.parametrize("rank", [4, 40])
-def test_autocast(rank):
+@pytest.mark.parametrize("form", ["products", "refolded", "merged"])
+def test_autocast(form):
     """As in PyTorch's own layers: a float32 model computes in bfloat16, gradients in float32."""
-    problem = layer(30, 8, 9, rank).to(torch.float32)
+    problem = layer(*SIZES_OF[form]).to(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = fmkernels.vera_linear(*problem)
         expected = fmkernels.vera_linear(*problem.to(torch.bfloat16, torch.float32))
@@ -114,11 +128,11 @@ def test_autocast(rank):
     assert all(grad.dtype == torch.float32 for grad in torch.autograd.grad(y.sum(), leaves))
 
 
-@pytest.mark.parametrize("form", ["products", "apart", "merged", "adapters", "expand"])
+@pytest.mark.parametrize("form", [*SIZES_OF, "adapters", "expand"])
 def test_backward_inside_autocast_of_a_forward_outside(form):
     several = 3 if form == "adapters" else None
-    problem = layer(30, 8, 9, 40 if form in ("apart", "merged") else 2, several).to(torch.float32)
-    settings = {"merge": form == "merged"} if form in ("apart", "merged") else {}
+    problem = layer(*SIZES_OF.get(form, (30, 8, 9, 4)), several).to(torch.float32)
+    settings = {"merge": False} if form == "apart" else {}
     if several:
         settings["adapter_ids"] = torch.randint(-1, 3, (30,))
     leaves = (problem.x, *problem[5:])
@@ -140,9 +154,9 @@ def test_backward_inside_autocast_of_a_forward_outside(form):
 
 
 def test_what_is_changed_between_forward_and_backward_is_refused():
-    for rank in (2, 40):
-        for index in (3, 4, 5, 6) if rank == 2 else (0, 4, 5, 6):
-            problem = layer(20, 6, 7, rank).to(torch.float32)
+    for form, sizes in SIZES_OF.items():
+        for index in (0, 4, 5, 6) if form in ("apart", "merged") else (3, 4, 5, 6):
+            problem = layer(*sizes).to(torch.float32)
             x = problem.x * 1.0
             y = fmkernels.vera_linear(x, *problem[1:])
             with torch.no_grad():

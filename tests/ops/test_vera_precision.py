@@ -62,6 +62,33 @@ def test_bfloat16_gradients_err_no_more_than_peft_s_under_autocast(
             )
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.5])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gradient_of_x_by_the_folded_weight_errs_no_more_than_a_sum_of_two(dtype, size, mean):
+    """However small the update is: neither the sum nor the weight has room for it."""
+
+    def of_two(x, weight, bias, A, B, d, b):
+        u = fmkernels.vera_shrink(x, A)
+        return fmkernels.vera_linear(x, weight, bias, A, B, d, b, u=u)
+
+    def of_x(function, problem, grad):
+        y = function(*problem)
+        return torch.autograd.grad(y, problem.x, grad.to(y.dtype))[0]
+
+    errors = {fmkernels.vera_linear: 0.0, of_two: 0.0}
+    for _ in range(8):
+        problem = layer(512, 96, 80, 8, wider=0)
+        problem = problem._replace(lambda_b=size * problem.lambda_b).to(dtype, torch.float32)
+        grad = (mean + torch.randn(512, 80)).to(dtype)
+        exact = of_x(composed, problem.to(torch.float64), grad)
+        for function in errors:
+            error = of_x(function, problem, grad) - exact
+            errors[function] += (error.norm() / exact.norm()).item()
+    folded, added = errors.values()
+    assert folded <= 1.02 * added
+
+
 @pytest.mark.parametrize("rank", [8, 200])
 def test_sums_over_many_rows_do_not_overflow_in_float16(rank):
     problem = layer(4096, 64, 64, rank)

@@ -86,8 +86,6 @@ def test_more_refusals():
         fmkernels.vera_linear(*PROBLEM, u=3)
     with pytest.raises(ValueError, match="u: expected None with dropout, got a tensor"):
         fmkernels.vera_linear(*PROBLEM, u=u, dropout_p=0.5, training=True)
-    with pytest.raises(ValueError, match="u: expected None with merge=True, got a tensor"):
-        fmkernels.vera_linear(*PROBLEM, u=u, merge=True)
     vectors = (PROBLEM.lambda_d, PROBLEM.lambda_b, PROBLEM.B)
     with pytest.raises(
         ValueError, match=r"u: expected shape \(4, r\), the rows of base, got \(3, 3\)"

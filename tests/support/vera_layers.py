@@ -11,6 +11,16 @@ from torch.nn import functional as F
 
 import fmkernels
 
+SIZES_OF = {
+    "products": (6, 60, 50, 4),
+    "folded": (8, 9, 10, 4),
+    "refolded": (30, 8, 9, 4),
+    "apart": (30, 8, 9, 40),
+    "merged": (30, 8, 9, 40),
+}
+"""(tokens, in, out, rank) of a layer in float32 whose form this is; apart is asked for, with
+``merge=False``. What has other arguments than these goes by products."""
+
 
 class Layer(NamedTuple):
     """A layer with N adapters, or one."""

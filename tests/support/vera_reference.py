@@ -188,6 +188,15 @@ def _trained(model):
     return trained | {key: p for key, p in heads.items() if id(p) not in own}
 
 
+def of_several(results):
+    """Those of several models as of one, side by side: what a few numbers err by is chance."""
+    return {
+        (i, "call", key) if isinstance(key, str) else (i, *key[1:], key[0]): value
+        for i, result in enumerate(results)
+        for key, value in result.items()
+    }
+
+
 def check_same(found, plain, exact, dtype, where=""):
     """Fail unless all errs at most twice as much as the formula in the same dtype.
 

@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fmkernels import _checks
-from fmkernels._autocast import lower_precision
 from fmkernels._library import GpuKernel, Op
 from fmkernels.ops.dvora_linear import reference
 from fmkernels.ops.dvora_linear.norms import DvoraNorms, built_norms
-from fmkernels.ops.vera_expand import check_vectors, vera_expand
-from fmkernels.ops.vera_linear import check_bias, check_layer
-from fmkernels.ops.vera_shrink import check_frozen, vera_shrink
+from fmkernels.ops.vera_expand import check_vectors
+from fmkernels.ops.vera_linear import check_bias, check_layer, vera_linear
+from fmkernels.ops.vera_shrink import check_frozen
 from fmkernels.ops.vera_shrink.gpu_config import limits
 
 __all__ = ["DvoraNorms", "dvora_linear"]
@@ -62,8 +60,8 @@ def dvora_linear(
         ValueError: an argument does not fit; the message names it.
 
     Numerics:
-        Norms and c in float32 (float64 for float64). Backward keeps U (…, r), the output before it
-        is scaled, (…, n), and the vectors.
+        Norms and c in float32 (float64 for float64). Backward keeps the output before it is scaled,
+        (…, n), and what :func:`fmkernels.vera_linear` keeps.
 
     Source:
         Liu et al., *DoRA: Weight-Decomposed Low-Rank Adaptation*, ICML 2024; Kopiczko, Blankevoort,
@@ -86,9 +84,7 @@ def dvora_linear(
         fixed = built_norms(weight, A, B, lambda_d, lambda_b)
     else:
         fixed = cache(lambda_d, lambda_b)
-    x = lower_precision(x)
-    base = F.linear(x, weight.to(x.dtype))
-    before = vera_expand(base, vera_shrink(x, A), lambda_d, lambda_b, B)
+    before = vera_linear(x, weight, None, A, B, lambda_d, lambda_b)
     y: Tensor = DVORA_SCALE(before.reshape(-1, before.shape[-1]), magnitude, fixed, bias)
     return y.reshape(before.shape)
 

@@ -45,7 +45,7 @@ def sum_of_outer(grad: Tensor, u: Tensor) -> Tensor:
     """Gᵀ U (n, r) in float32, for a dtype in TAKEN."""
     if grad.dtype == torch.bfloat16 and multiplies_bfloat16():
         found: Tensor = _sum_of_outer(grad.contiguous(), u.contiguous())
-        return found
+        return found[: grad.shape[1], : u.shape[1]]
     return reference.sum_of_outer(grad, u)
 
 
@@ -53,7 +53,7 @@ def product_of_rows(S: Tensor, A: Tensor) -> Tensor:
     """S Aᵀ (n, r) in float32, of S (n, m) in float32 and A (r, m) of a dtype in TAKEN."""
     if A.dtype == torch.bfloat16 and multiplies_bfloat16():
         found: Tensor = _product_of_rows(S.contiguous(), A.contiguous())
-        return found
+        return found[: len(S), : len(A)]
     return S @ A.mT.to(S.dtype)
 
 
@@ -127,15 +127,18 @@ def vera_expand_backward(
 
 
 def scaled_matrix(B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
-    """diag(b) B diag(d) for dense B (n, r) of a dtype in TAKEN."""
-    scaled: Tensor = _scale_matrix(B, lambda_d.float().contiguous(), lambda_b.float().contiguous())
+    """diag(b) B diag(d) of (n, r), (1, r), (1, n)."""
+    if B.dtype not in TAKEN:
+        return reference.scaled_matrix(B, lambda_d, lambda_b)
+    d, b = lambda_d.float().contiguous(), lambda_b.float().contiguous()
+    scaled: Tensor = _scale_matrix(B.contiguous(), d, b)
     return scaled
 
 
 def contract(M: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of d (1, r) and b (1, n) from M = Gᵀ U (n, r) in float32."""
     d, b = lambda_d.float().contiguous(), lambda_b.float().contiguous()
-    grad_d, grad_b = _contract(M.contiguous(), B, d, b)
+    grad_d, grad_b = _contract(M.float().contiguous(), B, d, b)
     return (
         grad_d.unsqueeze(0).to(lambda_d.dtype),
         grad_b.unsqueeze(0).to(lambda_b.dtype),

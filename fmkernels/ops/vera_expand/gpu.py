@@ -24,6 +24,8 @@ from fmkernels.ops.vera_expand.gpu_config import (
 from fmkernels.ops.vera_shrink.gpu import sums
 from fmkernels.ops.vera_shrink.gpu_config import tile_of
 
+scaled_matrix = reference.scaled_matrix
+
 
 def vera_expand(
     base: Tensor,

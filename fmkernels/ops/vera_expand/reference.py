@@ -27,6 +27,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FEW = 2**22
+"""Multiplications, of which nobody sees whether they are in float64."""
+
 
 def vera_expand(
     base: Tensor,
@@ -54,7 +57,7 @@ def add_update_(
     """The same; in the matrix form base may be written over."""
     B = B[: base.shape[1]].to(u.dtype)
     if by_matrix:
-        scaled = scaled_matrix(B, lambda_d[0], lambda_b[0])
+        scaled = scaled_matrix(B, lambda_d, lambda_b)
         if base.dtype == u.dtype:
             return base.addmm_(u, scaled.mT)
         return (base + u @ scaled.mT).to(base.dtype)
@@ -79,7 +82,7 @@ def vera_expand_backward(
     grad_u, grad_d, grad_b = u.new_empty(0), lambda_d.new_empty(0), lambda_b.new_empty(0)
     if by_matrix:
         if of_u:
-            grad_u = grad @ scaled_matrix(B, lambda_d[0], lambda_b[0])
+            grad_u = grad @ scaled_matrix(B, lambda_d, lambda_b)
         if of_vectors:
             grad_d, grad_b = contract(sum_of_outer(grad, u), B, lambda_d, lambda_b)
         return grad_u, grad_d, grad_b
@@ -94,9 +97,9 @@ def vera_expand_backward(
 
 
 def scaled_matrix(B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
-    """diag(b) B diag(d), rounded once."""
+    """diag(b) B diag(d) of (n, r), (1, r), (1, n), rounded once."""
     wide = wider(B.dtype)
-    return (lambda_b.to(wide).unsqueeze(1) * B * lambda_d.to(wide)).to(B.dtype)
+    return (lambda_b.to(wide).mT * B * lambda_d.to(wide)).to(B.dtype)
 
 
 def contract(M: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,10 +112,11 @@ def contract(M: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> tuple[
 
 
 def sum_of_outer(grad: Tensor, u: Tensor) -> Tensor:
-    """Gᵀ U (n, r) in float32 (float64 for float64)."""
+    """Gᵀ U (n, r) in float32 (float64 for float64, and wherever that takes no time)."""
     if grad.dtype in (torch.float16, torch.bfloat16) and grad.is_cuda:
         return torch.mm(grad.mT, u, out_dtype=torch.float32)
-    wide = wider(grad.dtype)
+    few = grad.numel() * u.shape[1] <= FEW
+    wide = torch.float64 if few else wider(grad.dtype)
     return grad.mT.to(wide) @ u.to(wide)
 
 

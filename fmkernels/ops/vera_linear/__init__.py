@@ -16,7 +16,7 @@ from fmkernels.ops.vera_dropout import vera_dropout
 from fmkernels.ops.vera_expand import check_ids, check_vectors, vera_expand
 from fmkernels.ops.vera_expand.config import by_matrix
 from fmkernels.ops.vera_linear import cpp, reference
-from fmkernels.ops.vera_linear.formulation import Formulation, formulation
+from fmkernels.ops.vera_linear.formulation import DENSE, Formulation, formulation
 from fmkernels.ops.vera_linear.products import VERA_EXPANDED, VERA_PRODUCTS
 from fmkernels.ops.vera_shrink import check_frozen, check_shared, vera_shrink
 
@@ -45,8 +45,8 @@ def vera_linear(
     """A linear layer with a VeRA adapter: Y = X W0ᵀ + bias + b ⊙ (((X Aᵀ) ⊙ d) Bᵀ).
 
     Of the forms that compute it, the one with the fewest multiplications at these sizes is taken
-    (``fmkernels.ops.vera_linear.formulation``): two products through the rank, or for large ranks
-    the update ΔW = diag(b) B diag(d) A as a matrix, apart from the weight or merged into it.
+    (``fmkernels.ops.vera_linear.formulation``): two products through the rank; for many rows or
+    large ranks the update ΔW = diag(b) B diag(d) A as a matrix, folded into the weight or apart.
 
     Args:
         x: (…, m), of any floating dtype and strides.
@@ -62,10 +62,13 @@ def vera_linear(
             by 1 − p.
         training: whether to drop any: hand over ``module.training``.
         seed: which are dropped, from 0 to 2**63 − 1; drawn from PyTorch's generator if None.
-        merge: whether W0 + ΔW may be formed in the weight's dtype, which over bfloat16 and float16
-            rounds small updates away, as PEFT's merge does. By default only in float32 and float64.
+        merge: whether Y may be that of W0 + ΔW in the weight's dtype, which over bfloat16 and
+            float16 rounds small updates away, as PEFT's merge does. By default only in float32 and
+            float64.
         u: U = X Aᵀ (…, r), from :func:`fmkernels.vera_shrink`, if another layer needs it too: then
-            it is not computed again, and neither is its part of x's gradient.
+            it is not computed again. If it requires a gradient, the adapter's part of x's goes
+            through it, once for all layers; of :func:`fmkernels.vera_shrink` of ``x.detach()`` it
+            does not, and each layer gives x all of it, which is cheaper for many rows.
 
     Returns:
         Y, (…, n), in x's dtype, or in that of autocast where it is on.
@@ -76,8 +79,9 @@ def vera_linear(
 
     Numerics:
         Products in the dtype of the result; the vectors multiply, and their gradients are summed,
-        in float32 (float64 for float64). Backward keeps U (…, r) and the vectors; in a dense form
-        X and ΔW (n, m) instead. What is dropped is made again from the seed.
+        in float32 (float64 for float64). Backward keeps U (…, r) and the vectors; for large ranks
+        X and ΔW (n, m) instead. Its product with W0 + ΔW is rounded as any product of that dtype.
+        What is dropped is made again from the seed.
 
     Source:
         Kopiczko, Blankevoort, Asano, *VeRA: Vector-based Random Matrix Adaptation*, ICLR 2024.
@@ -95,15 +99,15 @@ def vera_linear(
     several = adapter_ids is not None
     count = _checks.at_call(_check, (several,), x, weight, A, B, lambda_d, lambda_b)
     _check_rest(x, weight, bias, A, B, adapter_ids, count, dropout_p, training)
-    _check_merge(merge, weight, bias, adapter_ids, training and dropout_p > 0)
+    drops = training and dropout_p > 0
+    _check_merge(merge, weight, bias, adapter_ids, drops)
     if seed is not None and not (is_compiling() and isinstance(seed, int)):
         seed = _checks.integer_below(NAME, "seed", seed, 63)
-    drops = training and dropout_p > 0
     if u is not None:
-        _check_u(u, x, A, merge, drops)
+        _check_u(u, x, A, drops)
     x = lower_precision(x)
-    form = _form(x, weight, bias, A, lambda_d, adapter_ids, dropout_p if training else 0.0, merge)
-    if form != "products" and u is None:
+    form = _form(x, weight, bias, A, adapter_ids, drops, merge, u)
+    if form in DENSE:
         y: Tensor = VERA_DENSE(
             x.reshape(-1, x.shape[-1]),
             weight.to(x.dtype),
@@ -117,19 +121,20 @@ def vera_linear(
         return y.reshape(*x.shape[:-1], y.shape[1])
     layer = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if drops or _is_trained(weight, bias):
-        if u is None:
+        if u is None or (torch.is_grad_enabled() and x.requires_grad and not u.requires_grad):
             u = vera_shrink(vera_dropout(x, dropout_p, seed=seed) if drops else x, A)
         base = F.linear(*layer)
         return vera_expand(base, u, lambda_d, lambda_b, B, adapter_ids=adapter_ids)
     flat, (width, rank) = x.reshape(-1, x.shape[-1]), (weight.shape[0], A.shape[0])
     vectors = lambda_d.reshape(-1, rank), lambda_b.reshape(-1, width)
     ids = None if adapter_ids is None else adapter_ids.reshape(-1).long()
-    matrix = ids is None and by_matrix(len(flat), width, rank)
+    folds = form == "refolded", form != "products"
+    matrix = ids is None and (folds[1] or by_matrix(len(flat), width, rank))
     if u is None:
-        y = VERA_PRODUCTS(flat, *layer[1:], A, B, *vectors, ids, matrix)
+        y = VERA_PRODUCTS(flat, *layer[1:], A, B, *vectors, ids, matrix, *folds)
     else:
         own_u = u.reshape(-1, rank).to(x.dtype)
-        y = VERA_EXPANDED(flat, *layer[1:], own_u, B, *vectors, ids, matrix)
+        y = VERA_EXPANDED(flat, *layer[1:], own_u, A, B, *vectors, ids, matrix, *folds)
     return y.reshape(*x.shape[:-1], width)
 
 
@@ -138,20 +143,22 @@ def _form(
     weight: Tensor,
     bias: Tensor | None,
     A: Tensor,
-    lambda_d: Tensor,
     adapter_ids: Tensor | None,
-    dropped: float,
+    drops: bool,
     merge: bool | None,
+    u: Tensor | None,
 ) -> Formulation:
     """The form for these arguments."""
-    trained = _is_trained(weight, bias)
+    through_u = u is not None and u.requires_grad
+    fixed = through_u or drops or adapter_ids is not None or _is_trained(weight, bias)
     return formulation(
         x.shape[:-1].numel(),
         x.shape[-1],
         weight.shape[0],
         A.shape[0],
-        dense=not (trained or dropped or adapter_ids is not None),
+        builds=not fixed,
         merge=x.dtype in EXACT if merge is None else merge,
+        keeps_x=u is None,
         parts=1 if x.dtype in EXACT else 2,
     )
 
@@ -212,16 +219,15 @@ def _check_rest(
         raise ValueError(f"{NAME}: dropout_p: expected a share from 0 to 1, got {dropout_p}")
 
 
-def _check_u(u: Any, x: Tensor, A: Tensor, merge: Any, drops: bool) -> None:
+def _check_u(u: Any, x: Tensor, A: Tensor, drops: bool) -> None:
     """X Aᵀ, where that is what the adapter multiplies by."""
     _checks.floating_tensor(NAME, "u", u)
     _checks.same_device(NAME, "u", u, "x", x)
     expected = (*x.shape[:-1], A.shape[0])
     if _checks.shape(u) != tuple(expected):
         raise ValueError(f"{NAME}: u: expected shape {tuple(expected)}, got {_checks.shape(u)}")
-    for what, holds in (("dropout", drops), ("merge=True", merge is True)):
-        if holds:
-            raise ValueError(f"{NAME}: u: expected None with {what}, got a tensor")
+    if drops:
+        raise ValueError(f"{NAME}: u: expected None with dropout, got a tensor")
 
 
 def _check_merge(

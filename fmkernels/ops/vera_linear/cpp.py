@@ -27,8 +27,7 @@ def vera_dense(
     """(T, m), (n, m), (n), (r, ≥ m), (≥ n, r), (1, r), (1, n) -> (T, n), and ΔW or W0 + ΔW."""
     if x.dtype not in TAKEN:
         return reference.vera_dense(x, weight, bias, A, B, lambda_d, lambda_b, merged)
-    own_B = B[: len(weight)].to(x.dtype).contiguous()
-    scaled = scaled_matrix(own_B, lambda_d, lambda_b)
+    scaled = scaled_matrix(B[: len(weight)].to(x.dtype), lambda_d, lambda_b)
     return reference.output_and_update(x, weight, bias, scaled, A, merged)
 
 

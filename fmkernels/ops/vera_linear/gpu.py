@@ -26,10 +26,13 @@ def vera_products(
     lambda_b: Tensor,
     adapter_ids: Tensor | None,
     by_matrix: bool,
+    folds_y: bool,
+    folds_x: bool,
 ) -> tuple[Tensor, Tensor]:
     """(T, m), (n, m), (n), (r, ≥ m), (≥ n, r), (N, r), (N, n), (T) -> (T, n), (T, r)."""
     u = vera_shrink(x, A)
-    return vera_expanded(x, weight, bias, u, B, lambda_d, lambda_b, adapter_ids, by_matrix), u
+    adapter = A, B, lambda_d, lambda_b, adapter_ids
+    return vera_expanded(x, weight, bias, u, *adapter, by_matrix, folds_y, folds_x), u
 
 
 def vera_expanded(
@@ -37,13 +40,18 @@ def vera_expanded(
     weight: Tensor,
     bias: Tensor | None,
     u: Tensor,
+    A: Tensor,
     B: Tensor,
     lambda_d: Tensor,
     lambda_b: Tensor,
     adapter_ids: Tensor | None,
     by_matrix: bool,
+    folds_y: bool,
+    folds_x: bool,
 ) -> Tensor:
-    """(T, m), (n, m), (n), (T, r), (≥ n, r), (N, r), (N, n), (T) -> (T, n)."""
+    """(T, m), (n, m), (n), (T, r), (r, ≥ m), (≥ n, r), (N, r), (N, n), (T) -> (T, n)."""
+    if folds_y:
+        return F.linear(x, products.folded_by(expand, weight, A, B, lambda_d, lambda_b), bias)
     adapter = u, lambda_d, lambda_b, B, adapter_ids
     if fuses(x.dtype, *x.shape):
         return vera_fused(x, weight, bias, *adapter)

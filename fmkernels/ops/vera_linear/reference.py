@@ -2,15 +2,15 @@
 
     ΔW = B' A (n, m),   B' = diag(b) B diag(d)
 
-    apart     Y = X W0ᵀ + bias + X ΔWᵀ,     dX = G W0 + G ΔW
-    merged    Y = X (W0 + ΔW)ᵀ + bias,      dX = G (W0 + ΔW)
+    apart     Y = X W0ᵀ + bias + X ΔWᵀ
+    merged    Y = X (W0 + ΔW)ᵀ + bias            and in both    dX = G (W0 + ΔW)
 
 Backward needs X, and no U: with S = Gᵀ X (n, m) and M = S Aᵀ (n, r), in float32 at least,
 
     grad_d = Σ_n b ⊙ (B ⊙ M),      grad_b = (B ⊙ M) d
 
-Apart is as exact as any other form. Merged rounds W0 + ΔW to the base's dtype: exact enough in
-float32, but in bfloat16 an update below 2⁻⁹ of a weight is lost.
+Apart is as exact as any other form. Merged rounds W0 + ΔW to the base's dtype for Y, too: exact
+enough in float32, but in bfloat16 an update below 2⁻⁹ of a weight is lost.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def vera_dense(
     merged: bool,
 ) -> tuple[Tensor, Tensor]:
     """(T, m), (n, m), (n), (r, ≥ m), (≥ n, r), (1, r), (1, n) -> (T, n), and ΔW or W0 + ΔW."""
-    scaled = scaled_matrix(B[: len(weight)].to(x.dtype), lambda_d[0], lambda_b[0])
+    scaled = scaled_matrix(B[: len(weight)].to(x.dtype), lambda_d, lambda_b)
     return output_and_update(x, weight, bias, scaled, A, merged)
 
 
@@ -74,7 +74,7 @@ def vera_dense_backward(
 
 def gradient_of_x(grad: Tensor, weight: Tensor, update: Tensor, merged: bool) -> Tensor:
     """dX (T, m)."""
-    return grad @ update if merged else (grad @ weight).addmm_(grad, update)
+    return grad @ (update if merged else weight + update)
 
 
 def product_of_rows(S: Tensor, A: Tensor) -> Tensor:
