@@ -23,24 +23,37 @@ FMKERNELS_INLINE uint16_t rounded(float value) {
   return narrowed.bits;
 }
 
-// Pairs [first, last) of rows of x (inner, width), a tile after the other: a few pairs at a time,
-// whose rows stay in the cache while every tile gets what lies side by side in it.
+// The first `count` numbers of rows 2 p and 2 p + 1 of x (inner, …), side by side.
+FMKERNELS_INLINE void pair_row(
+    const uint16_t* x, int64_t inner, int64_t width, int64_t p, int64_t count, uint32_t* pairs) {
+  const uint16_t *low = x + 2 * p * width, *high = low + width;
+  if (2 * p + 1 < inner) {
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) pairs[k] = pair(low[k], high[k]);
+  } else {
+    for (int64_t k = 0; k < count; ++k) pairs[k] = low[k];
+  }
+}
+
+// Pairs [first, last) of rows of x (inner, width), a tile after the other: by strips of a few pairs
+// and tiles, which are paired along the rows and then handed to their tiles in pieces.
 void pack_left(
     const uint16_t* x, int64_t inner, int64_t width, int64_t pairs, int64_t first, int64_t last,
     uint32_t* packed) {
+  constexpr int64_t strip = 16 * rows;
+  uint32_t paired[chunk][strip];
   for (int64_t start = first; start < last; start += chunk) {
-    const int64_t end = start + chunk < last ? start + chunk : last;
-    for (int64_t column = 0; column < width; column += rows) {
-      const int64_t some = width - column < rows ? width - column : rows;
-      uint32_t* to = packed + column * pairs + start * rows;
-      for (int64_t p = start; p < end; ++p, to += rows) {
-        const uint16_t *low = x + 2 * p * width + column, *high = low + width;
-        if (some == rows && 2 * p + 1 < inner) {
-          for (int i = 0; i < rows; ++i) to[i] = pair(low[i], high[i]);
-          continue;
-        }
-        for (int i = 0; i < rows; ++i) {
-          to[i] = i >= some ? 0 : pair(low[i], 2 * p + 1 < inner ? high[i] : 0);
+    const int64_t count = last - start < chunk ? last - start : chunk;
+    for (int64_t column = 0; column < width; column += strip) {
+      const int64_t some = width - column < strip ? width - column : strip;
+      for (int64_t p = 0; p < count; ++p) {
+        pair_row(x + column, inner, width, start + p, some, paired[p]);
+        for (int64_t k = some; k % rows != 0; ++k) paired[p][k] = 0;
+      }
+      for (int64_t k = 0; k < some; k += rows) {
+        uint32_t* to = packed + (column + k) * pairs + start * rows;
+        for (int64_t p = 0; p < count; ++p) {
+          __builtin_memcpy(to + p * rows, paired[p] + k, rows * sizeof(uint32_t));
         }
       }
     }
@@ -51,14 +64,8 @@ void pack_right(
     const uint16_t* x, int64_t inner, int64_t width, int64_t stride, int64_t first, int64_t last,
     uint32_t* packed) {
   for (int64_t p = first; p < last; ++p) {
-    const uint16_t *low = x + 2 * p * width, *high = low + width;
     uint32_t* to = packed + p * stride;
-    if (2 * p + 1 < inner) {
-#pragma omp simd
-      for (int64_t k = 0; k < width; ++k) to[k] = pair(low[k], high[k]);
-    } else {
-      for (int64_t k = 0; k < width; ++k) to[k] = low[k];
-    }
+    pair_row(x, inner, width, p, width, to);
     for (int64_t k = width; k < stride; ++k) to[k] = 0;
   }
 }
