@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "cpu_isa.h"
+#include "scratch.h"
 #include "tensors.h"
 
 namespace fmkernels {
@@ -46,14 +47,16 @@ class Packed {
   std::unique_ptr<uint32_t, Free> words_;
 };
 
-// (tiles · 6, stride), with what is padding, of the packed factors.
-Tensor multiply(
-    const Packed& left, const Packed& right, int64_t pairs, int64_t rows, int64_t stride) {
+// (tiles · 6, stride), with what is padding, by a function of the tiles [first, last), a thread's
+// strip and the result.
+template <class Function>
+Tensor by_tiles(int64_t rows, int64_t stride, const Function& function) {
   const int64_t tiles = rounded_up(rows, vera_tile_rows) / vera_tile_rows;
   const Tensor result = empty<float>({tiles * vera_tile_rows, stride});
   float* to = data_of<float>(result);
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-    kernels().multiply(left.words(), right.words(), pairs, stride, first, last, to);
+    const ThreadScratch strip(vera_strip_words * sizeof(uint32_t));
+    function(first, last, static_cast<uint32_t*>(strip.memory()), to);
   });
   return result;
 }
@@ -65,34 +68,32 @@ Tensor sum_of_outer(const Tensor& g, const Tensor& u) {
   STD_TORCH_CHECK(g.size(0) == u.size(0), "vera_product: expected as many rows in both");
   const int64_t inner = g.size(0), rows = g.size(1), columns = u.size(1);
   const int64_t pairs = (inner + 1) / 2, stride = rounded_up(columns, vera_tile_columns);
-  const Packed left(rounded_up(rows, vera_tile_rows) * pairs), right(pairs * stride);
+  const Packed right(pairs * stride);
   const auto *of_g = data_of<const uint16_t>(g), *of_u = data_of<const uint16_t>(u);
   torch::stable::parallel_for(0, pairs, 16, [&](int64_t first, int64_t last) {
-    kernels().pack_left(of_g, inner, rows, pairs, first, last, left.words());
-    kernels().pack_right(of_u, inner, columns, stride, first, last, right.words());
+    kernels().pack_right(of_u, inner, columns, first, last, right.words());
   });
-  return multiply(left, right, pairs, rows, stride);
+  return by_tiles(rows, stride, [&](int64_t first, int64_t last, uint32_t* strip, float* to) {
+    kernels().sum_of_outer(of_g, right.words(), inner, rows, stride, first, last, strip, to);
+  });
 }
 
-// S Aᵀ of (n, m) in float32 and (r, m): (n, r), and padding. S counts as two numbers of bfloat16.
+// S Aᵀ of (n, m) in float32 and (r, m): (n, r), and padding.
 Tensor product_of_rows(const Tensor& s, const Tensor& a) {
   check(s, ScalarType::Float);
   check(a, ScalarType::BFloat16);
   STD_TORCH_CHECK(s.size(1) == a.size(1), "vera_product: expected rows of one length");
   const int64_t rows = s.size(0), inner = s.size(1), columns = a.size(0);
   const int64_t pairs = (inner + 1) / 2, stride = rounded_up(columns, vera_tile_columns);
-  const int64_t tiles = rounded_up(rows, vera_tile_rows) / vera_tile_rows;
-  const Packed left(2 * tiles * vera_tile_rows * pairs), right(2 * pairs * stride);
+  const Packed right(pairs * stride);
   const float* of_s = data_of<const float>(s);
-  const uint16_t* of_a = data_of<const uint16_t>(a);
-  torch::stable::parallel_for(0, tiles, 4, [&](int64_t first, int64_t last) {
-    kernels().split_left(of_s, rows, inner, pairs, first, last, left.words());
-  });
+  const auto* of_a = data_of<const uint16_t>(a);
   torch::stable::parallel_for(0, pairs, 16, [&](int64_t first, int64_t last) {
-    kernels().pack_right_of_rows(
-        of_a, columns, inner, stride, pairs, first, last, right.words());
+    kernels().pack_right_of_rows(of_a, columns, inner, first, last, right.words());
   });
-  return multiply(left, right, 2 * pairs, rows, stride);
+  return by_tiles(rows, stride, [&](int64_t first, int64_t last, uint32_t* strip, float* to) {
+    kernels().product_of_rows(of_s, right.words(), rows, inner, stride, first, last, strip, to);
+  });
 }
 
 }  // namespace

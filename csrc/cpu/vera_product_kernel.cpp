@@ -11,7 +11,7 @@ FMKERNELS_NAMESPACE_BEGIN
 namespace {
 
 constexpr int rows = vera_tile_rows, columns = vera_tile_columns;
-constexpr int64_t chunk = 16;  // pairs whose rows are packed together
+constexpr int64_t strip_tiles = vera_strip_tiles, strip_pairs = vera_strip_pairs;
 
 FMKERNELS_INLINE uint32_t pair(uint16_t low, uint16_t high) {
   return low | static_cast<uint32_t>(high) << 16;
@@ -23,8 +23,10 @@ FMKERNELS_INLINE uint16_t rounded(float value) {
   return narrowed.bits;
 }
 
-// The first `count` numbers of rows 2 p and 2 p + 1 of x (inner, …), side by side.
-FMKERNELS_INLINE void pair_row(
+FMKERNELS_INLINE int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The first `count` numbers of rows 2 p and 2 p + 1 of x (inner, width), side by side.
+FMKERNELS_INLINE void pair_rows(
     const uint16_t* x, int64_t inner, int64_t width, int64_t p, int64_t count, uint32_t* pairs) {
   const uint16_t *low = x + 2 * p * width, *high = low + width;
   if (2 * p + 1 < inner) {
@@ -35,74 +37,79 @@ FMKERNELS_INLINE void pair_row(
   }
 }
 
-// Pairs [first, last) of rows of x (inner, width), a tile after the other: by strips of a few pairs
-// and tiles, which are paired along the rows and then handed to their tiles in pieces.
-void pack_left(
-    const uint16_t* x, int64_t inner, int64_t width, int64_t pairs, int64_t first, int64_t last,
-    uint32_t* packed) {
-  constexpr int64_t strip = 16 * rows;
-  uint32_t paired[chunk][strip];
-  for (int64_t start = first; start < last; start += chunk) {
-    const int64_t count = last - start < chunk ? last - start : chunk;
-    for (int64_t column = 0; column < width; column += strip) {
-      const int64_t some = width - column < strip ? width - column : strip;
-      for (int64_t p = 0; p < count; ++p) {
-        pair_row(x + column, inner, width, start + p, some, paired[p]);
-        for (int64_t k = some; k % rows != 0; ++k) paired[p][k] = 0;
-      }
-      for (int64_t k = 0; k < some; k += rows) {
-        uint32_t* to = packed + (column + k) * pairs + start * rows;
-        for (int64_t p = 0; p < count; ++p) {
-          __builtin_memcpy(to + p * rows, paired[p] + k, rows * sizeof(uint32_t));
-        }
-      }
-    }
-  }
-}
-
 void pack_right(
-    const uint16_t* x, int64_t inner, int64_t width, int64_t stride, int64_t first, int64_t last,
+    const uint16_t* x, int64_t inner, int64_t width, int64_t first, int64_t last,
     uint32_t* packed) {
-  for (int64_t p = first; p < last; ++p) {
-    uint32_t* to = packed + p * stride;
-    pair_row(x, inner, width, p, width, to);
-    for (int64_t k = width; k < stride; ++k) to[k] = 0;
-  }
-}
-
-// Tiles [first, last) of rows of s (count, inner), as what bfloat16 keeps of them and, with as
-// many pairs again, what it loses.
-void split_left(
-    const float* s, int64_t count, int64_t inner, int64_t pairs, int64_t first, int64_t last,
-    uint32_t* packed) {
-  for (int64_t i = first * rows; i < last * rows; ++i) {
-    uint32_t* to = packed + i / rows * 2 * pairs * rows + i % rows;
-    for (int64_t p = 0; p < pairs; ++p) {
-      uint16_t high[2] = {}, low[2] = {};
-      for (int half = 0; half < 2; ++half) {
-        const int64_t j = 2 * p + half;
-        if (i >= count || j >= inner) continue;
-        const float value = s[i * inner + j];
-        high[half] = rounded(value);
-        low[half] = rounded(value - widen(BFloat16{high[half]}));
-      }
-      to[p * rows] = pair(high[0], high[1]);
-      to[(pairs + p) * rows] = pair(low[0], low[1]);
+  const int64_t pairs = (inner + 1) / 2;
+  for (int64_t start = 0; start < width; start += columns) {
+    const int64_t some = less(columns, width - start);
+    for (int64_t p = first; p < last; ++p) {
+      uint32_t* to = packed + start * pairs + p * columns;
+      pair_rows(x + start, inner, width, p, some, to);
+      for (int64_t k = some; k < columns; ++k) to[k] = 0;
     }
   }
 }
 
-// Pairs [first, last) along the rows of x (count, inner), twice.
 void pack_right_of_rows(
-    const uint16_t* x, int64_t count, int64_t inner, int64_t stride, int64_t pairs, int64_t first,
-    int64_t last, uint32_t* packed) {
-  for (int64_t p = first; p < last; ++p) {
-    uint32_t *to = packed + p * stride, *again = packed + (pairs + p) * stride;
-    for (int64_t k = 0; k < count; ++k) {
-      const uint16_t* from = x + k * inner + 2 * p;
-      to[k] = again[k] = pair(from[0], 2 * p + 1 < inner ? from[1] : 0);
+    const uint16_t* x, int64_t count, int64_t inner, int64_t first, int64_t last,
+    uint32_t* packed) {
+  const int64_t pairs = (inner + 1) / 2;
+  for (int64_t start = 0; start < count; start += columns) {
+    const int64_t some = less(columns, count - start);
+    for (int64_t p = first; p < last; ++p) {
+      uint32_t* to = packed + start * pairs + p * columns;
+      const uint16_t* from = x + start * inner + 2 * p;
+      const bool whole = 2 * p + 1 < inner;
+      for (int64_t k = 0; k < some; ++k, from += inner) to[k] = pair(from[0], whole ? from[1] : 0);
+      for (int64_t k = some; k < columns; ++k) to[k] = 0;
     }
-    for (int64_t k = count; k < stride; ++k) to[k] = again[k] = 0;
+  }
+}
+
+// Pairs [first, last) of the columns that tiles [tile, end) of gᵀ have: (tiles, pairs, 6). They are
+// paired along the rows of g and then handed to their tiles in pieces, a few rows at a time.
+FMKERNELS_INLINE void pack_columns(
+    const uint16_t* g, int64_t inner, int64_t width, int64_t tile, int64_t end, int64_t first,
+    int64_t last, uint32_t* strip) {
+  constexpr int64_t chunk = 16;
+  uint32_t paired[chunk][strip_tiles * rows];
+  const int64_t some = less(width, end * rows) - tile * rows;
+  for (int64_t start = first; start < last; start += chunk) {
+    const int64_t count = less(chunk, last - start);
+    for (int64_t p = 0; p < count; ++p) {
+      pair_rows(g + tile * rows, inner, width, start + p, some, paired[p]);
+      for (int64_t k = some; k % rows != 0; ++k) paired[p][k] = 0;
+    }
+    for (int64_t t = 0; t < end - tile; ++t) {
+      uint32_t* to = strip + (t * (last - first) + start - first) * rows;
+      for (int64_t p = 0; p < count; ++p) {
+        __builtin_memcpy(to + p * rows, paired[p] + t * rows, rows * sizeof(uint32_t));
+      }
+    }
+  }
+}
+
+// Pairs [first, last) along the rows that tiles [tile, end) of s have: what bfloat16 keeps of each
+// number, or what it loses.
+FMKERNELS_INLINE void split_rows(
+    const float* s, int64_t count, int64_t inner, bool lost, int64_t tile, int64_t end,
+    int64_t first, int64_t last, uint32_t* strip) {
+  const int64_t some = less(inner, 2 * last) - 2 * first;
+  for (int64_t i = tile * rows; i < end * rows; ++i) {
+    uint16_t parts[2 * strip_pairs] = {};
+    if (i < count) {
+      const float* from = s + i * inner + 2 * first;
+#pragma omp simd
+      for (int64_t j = 0; j < some; ++j) {
+        const uint16_t kept = rounded(from[j]);
+        parts[j] = lost ? rounded(from[j] - widen(BFloat16{kept})) : kept;
+      }
+    }
+    uint32_t* to = strip + (i / rows - tile) * (last - first) * rows + i % rows;
+    for (int64_t p = 0; p < last - first; ++p) {
+      to[p * rows] = pair(parts[2 * p], parts[2 * p + 1]);
+    }
   }
 }
 
@@ -120,21 +127,20 @@ FMKERNELS_INLINE Sums add(Sums sums, Pairs a, Pairs b) {
 }
 
 void multiply_tile(
-    const uint32_t* left, const uint32_t* right, int64_t stride, int64_t pairs, bool more,
-    float* result, int64_t result_stride) {
+    const uint32_t* left, const uint32_t* right, int64_t pairs, bool more, float* result,
+    int64_t stride) {
   constexpr int vectors = columns / 16;
   Sums sums[rows][vectors];
   for (int i = 0; i < rows; ++i) {
     for (int v = 0; v < vectors; ++v) {
-      const auto* before =
-          reinterpret_cast<const SumsInMemory*>(result + i * result_stride + 16 * v);
+      const auto* before = reinterpret_cast<const SumsInMemory*>(result + i * stride + 16 * v);
       sums[i][v] = more ? *before : Sums{};
     }
   }
   for (int64_t p = 0; p < pairs; ++p) {
     Pairs of_columns[vectors];
     for (int v = 0; v < vectors; ++v) {
-      of_columns[v] = *reinterpret_cast<const PairsInMemory*>(right + p * stride + 16 * v);
+      of_columns[v] = *reinterpret_cast<const PairsInMemory*>(right + p * columns + 16 * v);
     }
     for (int i = 0; i < rows; ++i) {
       const Pairs of_row = Pairs{} + left[p * rows + i];
@@ -145,7 +151,7 @@ void multiply_tile(
   }
   for (int i = 0; i < rows; ++i) {
     for (int v = 0; v < vectors; ++v) {
-      *reinterpret_cast<SumsInMemory*>(result + i * result_stride + 16 * v) = sums[i][v];
+      *reinterpret_cast<SumsInMemory*>(result + i * stride + 16 * v) = sums[i][v];
     }
   }
 }
@@ -154,34 +160,57 @@ constexpr bool there = true;
 
 #else
 
-void multiply_tile(
-    const uint32_t*, const uint32_t*, int64_t, int64_t, bool, float*, int64_t) {}
+void multiply_tile(const uint32_t*, const uint32_t*, int64_t, bool, float*, int64_t) {}
 
 constexpr bool there = false;
 
 #endif
 
-// Pairs whose 64 columns stay in the level-2 cache.
-constexpr int64_t block = 1024;
-
+// Adds to tiles [first, last) the product of what `pack` gives of the left factor, or begins them.
+template <class Pack>
 void multiply(
-    const uint32_t* left, const uint32_t* right, int64_t pairs, int64_t stride, int64_t first,
-    int64_t last, float* result) {
-  for (int64_t start = 0; start < pairs; start += block) {
-    const int64_t some = pairs - start < block ? pairs - start : block;
-    for (int64_t k = 0; k < stride; k += columns) {
-      for (int64_t tile = first; tile < last; ++tile) {
-        multiply_tile(
-            left + (tile * pairs + start) * rows, right + start * stride + k, stride, some,
-            start > 0, result + tile * rows * stride + k, stride);
+    const Pack& pack, const uint32_t* right, int64_t pairs, int64_t stride, int64_t first,
+    int64_t last, bool more, uint32_t* strip, float* result) {
+  for (int64_t start = 0; start < pairs; start += strip_pairs, more = true) {
+    const int64_t some = less(strip_pairs, pairs - start);
+    for (int64_t tile = first; tile < last; tile += strip_tiles) {
+      const int64_t end = less(last, tile + strip_tiles);
+      pack(tile, end, start, start + some, strip);
+      for (int64_t k = 0; k < stride; k += columns) {
+        for (int64_t t = tile; t < end; ++t) {
+          multiply_tile(
+              strip + (t - tile) * some * rows, right + k * pairs + start * columns, some, more,
+              result + t * rows * stride + k, stride);
+        }
       }
     }
+  }
+}
+
+void sum_of_outer(
+    const uint16_t* g, const uint32_t* right, int64_t inner, int64_t width, int64_t stride,
+    int64_t first, int64_t last, uint32_t* strip, float* result) {
+  const auto pack = [&](int64_t tile, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
+    pack_columns(g, inner, width, tile, end, from, to, packed);
+  };
+  multiply(pack, right, (inner + 1) / 2, stride, first, last, false, strip, result);
+}
+
+void product_of_rows(
+    const float* s, const uint32_t* right, int64_t count, int64_t inner, int64_t stride,
+    int64_t first, int64_t last, uint32_t* strip, float* result) {
+  for (int part = 0; part < 2; ++part) {
+    const bool lost = part == 1;
+    const auto pack = [&](int64_t tile, int64_t end, int64_t from, int64_t to, uint32_t* packed) {
+      split_rows(s, count, inner, lost, tile, end, from, to, packed);
+    };
+    multiply(pack, right, (inner + 1) / 2, stride, first, last, lost, strip, result);
   }
 }
 
 }  // namespace
 
 extern const VeraProductKernels vera_products = {
-    there, pack_left, pack_right, split_left, pack_right_of_rows, multiply};
+    there, pack_right, pack_right_of_rows, sum_of_outer, product_of_rows};
 
 FMKERNELS_NAMESPACE_END

@@ -101,7 +101,14 @@ def test_sums_over_many_rows_do_not_overflow_in_float16(rank):
 def test_products_of_bfloat16_with_sums_in_float32():
     if not NATIVE:
         pytest.skip("needs the extension and AVX512-BF16")
-    for inner, rows, columns in ((1, 1, 1), (7, 5, 3), (33, 17, 70), (2051, 13, 129), (2, 100, 64)):
+    for inner, rows, columns in (
+        (1, 1, 1),
+        (7, 5, 3),
+        (33, 17, 70),
+        (2051, 13, 129),
+        (2, 100, 64),
+        (1030, 200, 70),
+    ):
         g, u = (1 + torch.randn(inner, n).bfloat16() for n in (rows, columns))
         exact = g.double().mT @ u.double()
         assert (cpp.sum_of_outer(g, u) - exact).norm() <= 2e-6 * exact.norm()
