@@ -25,10 +25,10 @@ FMKERNELS_INLINE uint16_t rounded(float value) {
 
 FMKERNELS_INLINE int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The first `count` numbers of rows 2 p and 2 p + 1 of x (inner, width), side by side.
+// The first `count` numbers of rows 2 p and 2 p + 1 of `inner`, side by side.
 FMKERNELS_INLINE void pair_rows(
-    const uint16_t* x, int64_t inner, int64_t width, int64_t p, int64_t count, uint32_t* pairs) {
-  const uint16_t *low = x + 2 * p * width, *high = low + width;
+    const uint16_t* x, int64_t inner, int64_t stride, int64_t p, int64_t count, uint32_t* pairs) {
+  const uint16_t *low = x + 2 * p * stride, *high = low + stride;
   if (2 * p + 1 < inner) {
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) pairs[k] = pair(low[k], high[k]);

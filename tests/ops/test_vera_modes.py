@@ -10,7 +10,7 @@ from vera_layers import SIZES_OF, layer, of_shared_u, values_and_gradients
 import fmkernels
 from fmkernels import _library
 from fmkernels.ops.vera_expand import VERA_EXPAND, VERA_EXPAND_BACKWARD, cpp
-from fmkernels.ops.vera_linear import VERA_DENSE, VERA_DENSE_BACKWARD
+from fmkernels.ops.vera_linear.dense import VERA_DENSE, VERA_DENSE_BACKWARD
 from fmkernels.ops.vera_linear.products import (
     VERA_EXPANDED,
     VERA_PRODUCTS,

@@ -42,7 +42,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def sum_of_outer(grad: Tensor, u: Tensor) -> Tensor:
-    """Gᵀ U (n, r) in float32, for a dtype in TAKEN."""
+    """Gᵀ U (n, r) in float32 or float64."""
     if grad.dtype == torch.bfloat16 and multiplies_bfloat16():
         found: Tensor = _sum_of_outer(grad.contiguous(), u.contiguous())
         return found[: grad.shape[1], : u.shape[1]]
@@ -50,11 +50,11 @@ def sum_of_outer(grad: Tensor, u: Tensor) -> Tensor:
 
 
 def product_of_rows(S: Tensor, A: Tensor) -> Tensor:
-    """S Aᵀ (n, r) in float32, of S (n, m) in float32 and A (r, m) of a dtype in TAKEN."""
+    """S Aᵀ (n, r) in S's dtype, of which bfloat16 counts as two numbers for A (r, m) in it."""
     if A.dtype == torch.bfloat16 and multiplies_bfloat16():
         found: Tensor = _product_of_rows(S.contiguous(), A.contiguous())
         return found[: len(S), : len(A)]
-    return S @ A.mT.to(S.dtype)
+    return reference.product_of_rows(S, A)
 
 
 def vera_expand(
@@ -136,9 +136,11 @@ def scaled_matrix(B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> Tensor:
 
 
 def contract(M: Tensor, B: Tensor, lambda_d: Tensor, lambda_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of d (1, r) and b (1, n) from M = Gᵀ U (n, r) in float32."""
+    """Gradients of d (1, r) and b (1, n) from M = Gᵀ U (n, r)."""
+    if B.dtype not in TAKEN:
+        return reference.contract(M, B, lambda_d, lambda_b)
     d, b = lambda_d.float().contiguous(), lambda_b.float().contiguous()
-    grad_d, grad_b = _contract(M.float().contiguous(), B, d, b)
+    grad_d, grad_b = _contract(M.float().contiguous(), B.contiguous(), d, b)
     return (
         grad_d.unsqueeze(0).to(lambda_d.dtype),
         grad_b.unsqueeze(0).to(lambda_b.dtype),

@@ -120,6 +120,11 @@ def sum_of_outer(grad: Tensor, u: Tensor) -> Tensor:
     return grad.mT.to(wide) @ u.to(wide)
 
 
+def product_of_rows(S: Tensor, A: Tensor) -> Tensor:
+    """S Aᵀ (n, r) in S's dtype."""
+    return S @ A.mT.to(S.dtype)
+
+
 def wider(dtype: torch.dtype) -> torch.dtype:
     """In which vectors multiply and sums are made."""
     return torch.promote_types(dtype, torch.float32)

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from fmkernels import _checks
 from fmkernels._autocast import lower_precision
-from fmkernels._library import Op
 from fmkernels.ops.vera_dropout import vera_dropout
 from fmkernels.ops.vera_expand import check_ids, check_vectors, vera_expand
 from fmkernels.ops.vera_expand.config import by_matrix
-from fmkernels.ops.vera_linear import cpp, reference
+from fmkernels.ops.vera_linear.dense import VERA_DENSE
 from fmkernels.ops.vera_linear.formulation import DENSE, Formulation, formulation
 from fmkernels.ops.vera_linear.products import VERA_EXPANDED, VERA_PRODUCTS
 from fmkernels.ops.vera_shrink import check_frozen, check_shared, vera_shrink
@@ -246,62 +245,3 @@ def _check_merge(
     for what, holds in reasons.items():
         if holds:
             raise ValueError(f"{NAME}: merge: expected None or False with {what}, got True")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, A, B, lambda_d, lambda_b, merged = inputs
-    update = output[1]
-    ctx.mark_non_differentiable(update)
-    ctx.set_materialize_grads(False)
-    ctx.merged = merged
-    ctx.save_for_backward(x, weight, update, A, B, lambda_d, lambda_b)
-
-
-def _backward(
-    ctx: Any, on_reference: bool, grad: Tensor | None, _: None = None
-) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,)
-    of_x, of_d, of_b = (ctx.needs_input_grad[i] for i in (0, 5, 6))
-    grad_x, grad_d, grad_b = VERA_DENSE_BACKWARD.run(
-        on_reference, grad, *ctx.saved_tensors, ctx.merged, of_x, of_d or of_b
-    )
-    of_vectors = (grad_d if of_d else None, grad_b if of_b else None)
-    return (grad_x if of_x else None, None, None, None, None, *of_vectors)
-
-
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), weight.new_empty(weight.shape)
-
-
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, update: Tensor, A: Tensor, B: Tensor,
-    lambda_d: Tensor, lambda_b: Tensor, merged: bool, of_x: bool, of_vectors: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    vectors = (torch.empty_like(v) if of_vectors else v.new_empty(0) for v in (lambda_d, lambda_b))
-    return x.new_empty(x.shape if of_x else 0), *vectors  # type: ignore[return-value]
-
-
-_LAYER = "Tensor A, Tensor B, Tensor lambda_d, Tensor lambda_b, bool merged"
-
-VERA_DENSE = Op(
-    "vera_dense",
-    f"(Tensor x, Tensor weight, Tensor? bias, {_LAYER}) -> (Tensor y, Tensor update)",
-    reference=reference.vera_dense,
-    cpu=cpp.vera_dense,
-    fake=_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    only_first=True,
-)
-"""(T, m), (n, m), (n), (r, ≥ m), (≥ n, r), (1, r), (1, n) -> (T, n), and ΔW or W0 + ΔW."""
-
-VERA_DENSE_BACKWARD = Op(
-    "vera_dense_backward",
-    f"(Tensor grad, Tensor x, Tensor weight, Tensor update, {_LAYER}, bool of_x, bool of_vectors)"
-    " -> (Tensor, Tensor, Tensor)",
-    reference=reference.vera_dense_backward,
-    cpu=cpp.vera_dense_backward,
-    fake=_fake_backward,
-)
-"""Gradients of x, lambda_d and lambda_b; empty for what is not asked for."""

@@ -9,10 +9,10 @@ once more each. For many rows it is folded into the weight instead:
 
 where both are the base layer's own products, of a matrix that is made for the call and not kept.
 U is what the gradients of the vectors need (see ``vera_expand``). In half types Y is never folded
-unasked: training must see updates below 2⁻⁹ of a weight. dX may be: it is rounded to its own dtype
-in either way, and errs by less if this is not done twice.
+unasked: training must see updates below 2⁻⁹ of a weight. dX may be: rounded to its own dtype, it
+has no room for them in either way.
 
-What lies between the products is ``expand``'s: a module with ``add_update_``, ``scaled_matrix`` and
+What is not a stock product is ``expand``'s: a module with ``add_update_``, ``scaled_matrix`` and
 ``vera_expand_backward``.
 """
 
@@ -152,8 +152,8 @@ def _fake_backward(
     return grad.new_empty((grad.shape[0], weight.shape[1]) if of_x else 0), *vectors
 
 
-def _by(function: Any, expand: ModuleType) -> Any:
-    """The function with the products' other half by one module, called as an op's kernel is."""
+def by(expand: ModuleType, function: Any) -> Any:
+    """The function with what is not a stock product by one module, called as an op's kernel is."""
     return lambda *arguments: function(expand, *arguments)
 
 
@@ -167,12 +167,12 @@ GPU = (GpuKernel("triton", "fmkernels.ops.vera_linear.gpu", limits),)
 VERA_PRODUCTS = Op(
     "vera_products",
     f"(Tensor x, Tensor weight, Tensor? bias, {_ADAPTER}, {_FOLDS}) -> (Tensor y, Tensor u)",
-    reference=_by(forward_by, reference),
+    reference=by(reference, forward_by),
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
     only_first=True,
-    cpu=_by(forward_by, cpp),
+    cpu=by(cpp, forward_by),
     gpu=GPU,
 )
 """(T, m), (n, m), (n), (r, ≥ m), (≥ n, r), (N, r), (N, n), (T) int64 -> (T, n), (T, r)."""
@@ -200,11 +200,11 @@ def _expanded_backward(ctx: Any, on_reference: bool, grad: Tensor) -> tuple[Tens
 VERA_EXPANDED = Op(
     "vera_expanded",
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor u, {_ADAPTER}, {_FOLDS}) -> Tensor",
-    reference=_by(expanded_by, reference),
+    reference=by(reference, expanded_by),
     fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
     setup_context=_setup_expanded,
     backward=_expanded_backward,
-    cpu=_by(expanded_by, cpp),
+    cpu=by(cpp, expanded_by),
     gpu=GPU,
 )
 """The same of a U (T, r) that is known, because another layer reads x, too: -> (T, n).
@@ -216,9 +216,9 @@ VERA_PRODUCTS_BACKWARD = Op(
     "vera_products_backward",
     f"(Tensor grad, Tensor weight, Tensor u, {_ADAPTER}, bool folds_x, bool of_x, bool of_vectors)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=_by(backward_by, reference),
+    reference=by(reference, backward_by),
     fake=_fake_backward,
-    cpu=_by(backward_by, cpp),
+    cpu=by(cpp, backward_by),
     gpu=GPU,
 )
 """Gradients of x, lambda_d and lambda_b; empty for what is not asked for."""
