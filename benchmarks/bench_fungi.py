@@ -100,7 +100,7 @@ def test_time_alone_and_share_of_the_roofline(name, record, benchmark):
 
 @pytest.mark.parametrize("name", ["fungi-kl-b-64", "fungi-simclr-4"])
 def test_memory(name, record):
-    peak = {who: measure.peak_extra_bytes(name, who, processes=1) for who in PEAKS}
+    peak = {who: measure.peak_extra_bytes(name, who) for who in PEAKS}
     record(name, "memory", peak_bytes=peak)
 
 
@@ -145,5 +145,5 @@ def test_speed_from_pictures_to_features(name, ours, peer, record):
 @pytest.mark.parametrize("name", ["fungi-e2e-kl", "fungi-e2e-all"])
 def test_memory_from_pictures_to_features(name, record):
     who = ("fmkernels", "fmkernels-bfloat16", "forwards", "fungivision")
-    peak = {each: measure.peak_extra_bytes(name, each, processes=1) for each in who}
+    peak = {each: measure.peak_extra_bytes(name, each) for each in who}
     record(name, "memory", peak_bytes=peak)

@@ -85,7 +85,7 @@ def test_time_alone_and_share_of_the_roofline(name, record, benchmark):
 
 @pytest.mark.parametrize("name", PEAKS)
 def test_memory(name, record):
-    peak = {who: measure.peak_extra_bytes(name, who, processes=1) for who in PEAKS[name]}
+    peak = {who: measure.peak_extra_bytes(name, who) for who in PEAKS[name]}
     record(name, "memory", peak_bytes=peak)
 
 

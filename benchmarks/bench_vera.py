@@ -71,7 +71,7 @@ def test_norms(name, peer, record):
 @pytest.mark.parametrize("name", SHAPES)
 def test_memory(name, record):
     who = ("fmkernels", "fmkernels-mixed", "base", "peft", "peft-autocast")
-    peak = {each: measure.peak_extra_bytes(name, each, processes=1) for each in who}
+    peak = {each: measure.peak_extra_bytes(name, each) for each in who}
     record(name, "memory", peak_bytes=peak)
 
 
