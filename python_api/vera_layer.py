@@ -15,7 +15,7 @@ from fmkernels._autocast import lower_precision
 from fmkernels.ops.dvora_linear import DVORA_SCALE
 from fmkernels.ops.dvora_linear.norms import built_norms
 from fmkernels.ops.vera_dropout import vera_dropout
-from fmkernels.ops.vera_linear import EXACT
+from fmkernels.ops.vera_linear import EXACT, is_trained
 from fmkernels.ops.vera_linear.formulation import DENSE, formulation
 
 from .vera_base import (
@@ -97,23 +97,21 @@ class VeraLayer(nn.Module):
         if weight is None:
             base = self._base(x, None, args, kwargs, with_bias=with_bias)
             return fmkernels.vera_expand(base, self._shrink(x, A, dropout), lambda_d, lambda_b, B)
+        bias = base_bias(self.base_layer) if with_bias else None
+        u = self._shared(x, weight, bias, A, dropout)
         return fmkernels.vera_linear(
-            x,
-            weight,
-            base_bias(self.base_layer) if with_bias else None,
-            *adapter,
-            dropout_p=dropout,
-            training=self.training,
-            u=self._shared(x, weight, A, dropout),
+            x, weight, bias, *adapter, dropout_p=dropout, training=self.training, u=u
         )
 
-    def _shared(self, x: Tensor, weight: Tensor, A: Tensor, dropout: float) -> Tensor | None:
+    def _shared(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, dropout: float
+    ) -> Tensor | None:
         """X Aᵀ for several layers: not where it is not computed, or dropout makes it another."""
         if self.readers == 1 or dropout or is_compiling():
             return None
         merge = lower_precision(x).dtype in EXACT
         sizes = x.shape[:-1].numel(), self.in_features, self.out_features, len(A)
-        builds = not weight.requires_grad
+        builds = not is_trained(weight, bias)
         form = formulation(
             *sizes, builds=builds, merge=merge, readers=self.readers, parts=1 if merge else 2
         )

@@ -88,10 +88,11 @@ def accelerate_peft(peft_model: nn.Module) -> Acceleration:
 
     Numerics:
         Over float32 and float64 the result is PEFT's but for the order of sums; for large ranks
-        W0 + ΔW is formed (see :func:`fmkernels.vera_linear`). Over bfloat16 and float16, where PEFT
-        casts the input to float32 for the adapter, and under autocast: products are in the dtype of
-        the input, or autocast's, with sums in float32, so results differ from PEFT's by that
-        dtype's rounding; the vectors and their gradients stay float32. For this the matrices, which
+        or many rows W0 + ΔW is formed (see :func:`fmkernels.vera_linear`), in half types for the
+        gradient of the input alone. Over bfloat16 and float16, where PEFT casts the input to
+        float32 for the adapter, and under autocast: products are in the dtype of the input, or
+        autocast's, with sums in float32, so results differ from PEFT's by that dtype's rounding;
+        the vectors and their gradients stay float32. For this the matrices, which
         PEFT keeps in float32, are cast once and the copies kept beside the model until the matrices
         are moved, cast, loaded or otherwise written to, except through ``.data``, which PyTorch
         does not count as writing. Dropout drops the same share, by another random stream than

@@ -109,7 +109,8 @@ class SharedInput:
 
     A layer that asks a second time begins a new pass: then U is computed again, because the graph
     of the first may have been freed, as it is after backward. What one activation checkpoint keeps
-    is not shared with another, which would compute other tensors the second time.
+    is not shared with another, which would compute other tensors the second time. A U that is not
+    tracked has no graph, and a reader that needs one is not handed it.
     """
 
     def __init__(self) -> None:
@@ -156,7 +157,8 @@ class _Last(NamedTuple):
 def _keeper() -> int | None:
     """Who keeps what backward needs in place of autograd: an activation checkpoint, say.
 
-    Of a U that has a graph, the function that hands it out is alive, and its number not another's.
+    Of a U that has a graph, the function that hands it out is alive, and its number not another's;
+    of another U nothing is kept.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else id(hooks[1])

@@ -135,7 +135,7 @@ class FineTuning(Workload):
         adapted = shapes if self.kind == "llama" else [(w, w)] * 2
         base = sum(4 * rows * into * out for into, out in shapes)
         exact = self.dtype == torch.float32
-        adapters = sum(2 * fewest(rows, *shape, self.rank, merge=exact) for shape in adapted)
+        adapters = sum(2 * fewest(rows, *shape, self.rank, exact=exact) for shape in adapted)
         return self.depth * (base + adapters)
 
     def bytes_moved(self) -> int:
@@ -187,6 +187,7 @@ PROVIDERS: dict[str, Callable[[FineTuning], nn.Module]] = {
 _SIZES = {
     "vera-model-roberta": FineTuning("roberta", 12, 768, 3072, 12, 1024, 8, 128),
     "vera-model-llama": FineTuning("llama", 8, 1024, 2816, 16, 256, 2, 512),
+    "vera-model-llama-2048": FineTuning("llama", 8, 1024, 2816, 16, 256, 4, 512),
 }
 
 WORKLOADS: dict[str, Workload] = {

@@ -45,7 +45,7 @@ class Adapted(Workload):
         from fmkernels.ops.vera_linear.formulation import fewest
 
         sizes = (self.tokens, self.into, self.out, self.rank)
-        adapter = fewest(*sizes, merge=self.dtype == torch.float32)
+        adapter = fewest(*sizes, exact=self.dtype == torch.float32)
         return 4 * self.tokens * self.into * self.out + 2 * adapter
 
     def bytes_moved(self) -> int:

@@ -171,7 +171,8 @@ template <class Pack>
 void multiply(
     const Pack& pack, const uint32_t* right, int64_t pairs, int64_t stride, int64_t first,
     int64_t last, bool more, uint32_t* strip, float* result) {
-  for (int64_t start = 0; start < pairs; start += strip_pairs, more = true) {
+  int64_t start = 0;
+  do {  // once at least: an empty sum is 0
     const int64_t some = less(strip_pairs, pairs - start);
     for (int64_t tile = first; tile < last; tile += strip_tiles) {
       const int64_t end = less(last, tile + strip_tiles);
@@ -184,7 +185,9 @@ void multiply(
         }
       }
     }
-  }
+    start += strip_pairs;
+    more = true;
+  } while (start < pairs);
 }
 
 void sum_of_outer(

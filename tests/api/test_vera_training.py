@@ -60,9 +60,11 @@ def results(model, x, **settings):
 def shrinks(monkeypatch):
     """How often X Aᵀ is computed on its own."""
     calls = []
-    module = importlib.import_module("fmkernels.api.vera_shared")
-    original = module.vera_shrink
-    monkeypatch.setattr(module, "vera_shrink", lambda *args: (calls.append(1), original(*args))[1])
+    for name in ("fmkernels.api.vera_shared", "fmkernels.ops.vera_linear"):
+        module = importlib.import_module(name)
+        original = module.vera_shrink
+        counted = lambda *args, own=original: (calls.append(1), own(*args))[1]  # noqa: E731
+        monkeypatch.setattr(module, "vera_shrink", counted)
     return calls
 
 
@@ -153,9 +155,10 @@ def test_activation_checkpoints_of_transformers(tiny, use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 @pytest.mark.parametrize("tokens", [1, 30], ids=["products", "folded"])
-@pytest.mark.parametrize("dora", [False, True])
-def test_x_times_a_is_computed_once_for_all_that_read_x(shrinks, use_reentrant, tokens, dora):
-    model = attention(dora, use_reentrant=use_reentrant)
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"bias": "vera_only"}], ids=str)
+def test_x_times_a_is_computed_once_for_all_that_read_x(shrinks, use_reentrant, tokens, settings):
+    torch.manual_seed(1)
+    model = adapted(nn.Sequential(*(Attention(use_reentrant) for _ in range(2))), **settings)
     results(model, torch.randn(4, tokens, WIDTH))
     assert len(shrinks) == (2 if use_reentrant is None else 4)  # of which half are in backward
 

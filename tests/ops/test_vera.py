@@ -124,6 +124,18 @@ def test_a_known_u_is_what_the_layer_multiplies_by():
     torch.testing.assert_close(fmkernels.vera_linear(*trained, u=u), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("merge", [None, True])
+def test_y_is_the_same_whether_or_not_there_will_be_a_backward_pass(dtype, merge):
+    for size in (*SIZES, (40, 64, 64, 256)):
+        problem = layer(*size).to(dtype, torch.float32)
+        u = fmkernels.vera_shrink(problem.x.detach(), problem.A)
+        for known in (None, u):
+            y = fmkernels.vera_linear(*problem, u=known, merge=merge)
+            with torch.no_grad():
+                assert torch.equal(fmkernels.vera_linear(*problem, u=known, merge=merge), y), size
+
+
 @pytest.mark.parametrize("how", ["few rows", "many rows", "adapters", "trained"])
 def test_of_a_u_without_a_graph_x_gets_all_of_its_gradient(how):
     tokens = 2 if how == "few rows" else 40

@@ -115,13 +115,15 @@ def test_other_batches_and_seeds_are_no_new_graphs(form, sizes):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("merge", [None, True])
 @pytest.mark.parametrize("form", ["products", "refolded", "merged"])
-def test_autocast(form):
+def test_autocast(form, merge):
     """As in PyTorch's own layers: a float32 model computes in bfloat16, gradients in float32."""
     problem = layer(*SIZES_OF[form]).to(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = fmkernels.vera_linear(*problem)
-        expected = fmkernels.vera_linear(*problem.to(torch.bfloat16, torch.float32))
+        y = fmkernels.vera_linear(*problem, merge=merge)
+        half = problem.to(torch.bfloat16, torch.float32)
+        expected = fmkernels.vera_linear(*half, merge=merge)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected)
     leaves = (problem.x, *problem[5:])

@@ -108,6 +108,7 @@ def test_products_of_bfloat16_with_sums_in_float32():
         (2051, 13, 129),
         (2, 100, 64),
         (1030, 200, 70),
+        (0, 7, 3),
     ):
         g, u = (1 + torch.randn(inner, n).bfloat16() for n in (rows, columns))
         exact = g.double().mT @ u.double()
@@ -115,7 +116,7 @@ def test_products_of_bfloat16_with_sums_in_float32():
         S, A = 3 + torch.randn(rows, inner), torch.randn(columns, inner).bfloat16()
         exact = S.double() @ A.double().mT
         assert (cpp.product_of_rows(S, A) - exact).norm() <= 1e-5 * (
-            S.norm() * A.norm() / inner**0.5
+            S.norm() * A.norm() / max(inner, 1) ** 0.5
         )
         threads = torch.get_num_threads()
         torch.set_num_threads(3)

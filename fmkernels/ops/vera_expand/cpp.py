@@ -50,7 +50,7 @@ def sum_of_outer(grad: Tensor, u: Tensor) -> Tensor:
 
 
 def product_of_rows(S: Tensor, A: Tensor) -> Tensor:
-    """S Aᵀ (n, r) in S's dtype, of which bfloat16 counts as two numbers for A (r, m) in it."""
+    """S Aᵀ (n, r) in S's dtype; for A in bfloat16, S is multiplied as two numbers of bfloat16."""
     if A.dtype == torch.bfloat16 and multiplies_bfloat16():
         found: Tensor = _product_of_rows(S.contiguous(), A.contiguous())
         return found[: len(S), : len(A)]

@@ -10,8 +10,8 @@ tensor of T rows is scaled. Backward, for the gradient G at Y,
     dU = G B',      M = Gᵀ U (n, r),      grad_d = Σ_n b ⊙ (B ⊙ M),      grad_b = (B ⊙ M) d
 
 because grad_b_i = Σ_t G_ti Z_ti = Σ_k B_ik d_k Σ_t G_ti U_tk. So Z is neither kept nor made again.
-M stays in float32 whatever the dtype of G and U: where these have a mean M is much larger than what
-random signs leave of it.
+M stays in float32 at least, whatever the dtype of G and U: where these have a mean M is much larger
+than what random signs leave of it.
 
 **Vector form.** To make B' takes as long as to scale n r / (n + r) rows: for fewer rows, as in
 decoding, and wherever each row has an adapter a_t of its own, the rows are scaled,

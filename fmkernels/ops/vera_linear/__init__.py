@@ -79,8 +79,8 @@ def vera_linear(
     Numerics:
         Products in the dtype of the result; the vectors multiply, and their gradients are summed,
         in float32 (float64 for float64). Backward keeps U (…, r) and the vectors; for large ranks
-        X and ΔW (n, m) instead. Its product with W0 + ΔW is rounded as any product of that dtype.
-        What is dropped is made again from the seed.
+        X and ΔW (n, m) instead. For many rows x's gradient is that of W0 + ΔW in the weight's
+        dtype. What is dropped is made again from the seed.
 
     Source:
         Kopiczko, Blankevoort, Asano, *VeRA: Vector-based Random Matrix Adaptation*, ICLR 2024.
@@ -106,6 +106,8 @@ def vera_linear(
         _check_u(u, x, A, drops)
     x = lower_precision(x)
     form = _form(x, weight, bias, A, adapter_ids, drops, merge, u)
+    if form == "refolded" and u is None and not _is_differentiated(x, lambda_d, lambda_b):
+        form = "merged"  # the same Y; U is for gradients
     if form in DENSE:
         y: Tensor = VERA_DENSE(
             x.reshape(-1, x.shape[-1]),
@@ -119,7 +121,7 @@ def vera_linear(
         )
         return y.reshape(*x.shape[:-1], y.shape[1])
     layer = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if drops or _is_trained(weight, bias):
+    if drops or is_trained(weight, bias):
         if u is None or (torch.is_grad_enabled() and x.requires_grad and not u.requires_grad):
             u = vera_shrink(vera_dropout(x, dropout_p, seed=seed) if drops else x, A)
         base = F.linear(*layer)
@@ -128,7 +130,7 @@ def vera_linear(
     vectors = lambda_d.reshape(-1, rank), lambda_b.reshape(-1, width)
     ids = None if adapter_ids is None else adapter_ids.reshape(-1).long()
     folds = form == "refolded", form != "products"
-    matrix = ids is None and (folds[1] or by_matrix(len(flat), width, rank))
+    matrix = ids is None and by_matrix(len(flat), width, rank)
     if u is None:
         y = VERA_PRODUCTS(flat, *layer[1:], A, B, *vectors, ids, matrix, *folds)
     else:
@@ -149,7 +151,7 @@ def _form(
 ) -> Formulation:
     """The form for these arguments."""
     through_u = u is not None and u.requires_grad
-    fixed = through_u or drops or adapter_ids is not None or _is_trained(weight, bias)
+    fixed = through_u or drops or adapter_ids is not None or is_trained(weight, bias)
     return formulation(
         x.shape[:-1].numel(),
         x.shape[-1],
@@ -162,7 +164,12 @@ def _form(
     )
 
 
-def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+def _is_differentiated(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the layer itself is: then it needs its own product, and no ΔW is built."""
     return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
@@ -232,7 +239,7 @@ def _check_u(u: Any, x: Tensor, A: Tensor, drops: bool) -> None:
 def _check_merge(
     merge: Any, weight: Tensor, bias: Tensor | None, adapter_ids: Tensor | None, drops: bool
 ) -> None:
-    """None or a truth value; True only where there is a dense form."""
+    """None or a truth value; True only where ΔW may be built."""
     if merge is None or merge is False:
         return
     if merge is not True:
@@ -240,7 +247,7 @@ def _check_merge(
     reasons = {
         "adapter_ids": adapter_ids is not None,
         "dropout": drops,
-        "a weight or bias that requires a gradient": _is_trained(weight, bias),
+        "a weight or bias that requires a gradient": is_trained(weight, bias),
     }
     for what, holds in reasons.items():
         if holds:

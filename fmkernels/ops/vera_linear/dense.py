@@ -68,7 +68,8 @@ def backward_by(
         grad_x = grad @ (update if merged else weight + update)
     if of_vectors:
         n, m = weight.shape
-        M = expand.product_of_rows(expand.sum_of_outer(grad, x), A[:, :m].to(x.dtype))
+        S = expand.sum_of_outer(grad, x).to(reference.wider(x.dtype))
+        M = expand.product_of_rows(S, A[:, :m].to(x.dtype))
         grad_d, grad_b = expand.contract(M, B[:n].to(x.dtype), lambda_d, lambda_b)
     return grad_x, grad_d, grad_b
 

@@ -112,7 +112,8 @@ def folded_by(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, weight, _, *adapter, ctx.by_matrix, _, ctx.folds_x = inputs
+    _, weight, _, *adapter, by_matrix, _, ctx.folds_x = inputs
+    ctx.by_matrix = by_matrix or ctx.folds_x  # which needs M, and B' anyway
     u = output[1]
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
@@ -179,7 +180,8 @@ VERA_PRODUCTS = Op(
 
 
 def _setup_expanded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, _, u, *adapter, ctx.by_matrix, _, ctx.folds_x = inputs
+    _, weight, _, u, *adapter, by_matrix, _, ctx.folds_x = inputs
+    ctx.by_matrix = by_matrix or ctx.folds_x
     ctx.save_for_backward(weight, u, *adapter)
 
 
