@@ -187,10 +187,10 @@ PROVIDERS: dict[str, Callable[[FineTuning], nn.Module]] = {
 _SIZES = {
     "vera-model-roberta": FineTuning("roberta", 12, 768, 3072, 12, 1024, 8, 128),
     "vera-model-llama": FineTuning("llama", 8, 1024, 2816, 16, 256, 2, 512),
-    "vera-model-llama-2048": FineTuning("llama", 8, 1024, 2816, 16, 256, 4, 512),
 }
 
 WORKLOADS: dict[str, Workload] = {
     **_SIZES,
+    "vera-model-llama-2048": replace(_SIZES["vera-model-llama"], sequences=4),
     **{f"{name}-float32": replace(it, dtype=torch.float32) for name, it in _SIZES.items()},
 }
