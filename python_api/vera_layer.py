@@ -15,8 +15,8 @@ from fmkernels._autocast import lower_precision
 from fmkernels.ops.dvora_linear import DVORA_SCALE
 from fmkernels.ops.dvora_linear.norms import built_norms
 from fmkernels.ops.vera_dropout import vera_dropout
-from fmkernels.ops.vera_linear import EXACT, is_trained
-from fmkernels.ops.vera_linear.formulation import DENSE, formulation
+from fmkernels.ops.vera_linear import form_of
+from fmkernels.ops.vera_linear.formulation import DENSE
 
 from .vera_base import (
     base_bias,
@@ -109,13 +109,8 @@ class VeraLayer(nn.Module):
         """X Aᵀ for several layers: not where it is not computed, or dropout makes it another."""
         if self.readers == 1 or dropout or is_compiling():
             return None
-        merge = lower_precision(x).dtype in EXACT
-        sizes = x.shape[:-1].numel(), self.in_features, self.out_features, len(A)
-        builds = not is_trained(weight, bias)
-        form = formulation(
-            *sizes, builds=builds, merge=merge, readers=self.readers, parts=1 if merge else 2
-        )
-        if form in DENSE:
+        form = form_of(lower_precision(x), weight, bias, A, readers=self.readers)
+        if form in DENSE or (form == "refolded" and not torch.is_grad_enabled()):
             return None
         return self.state.shared_input.shrink(self, x, A, tracked=form == "products")
 

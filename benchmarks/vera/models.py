@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from workload import INPUT_SETS, Device, Workload, in_turn
 
 from fmkernels.ops.knn.config import has_fast_bfloat16
+from vera.floor import fewest
 
 ERRORS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """That gradients of the vectors may have, relative to their size, after all layers of a model."""
@@ -127,8 +128,6 @@ class FineTuning(Workload):
 
     def operations(self) -> int:
         """Of the linear layers, forward and backward to their inputs; those of the adapters."""
-        from fmkernels.ops.vera_linear.formulation import fewest
-
         rows, w = self.sequences * self.tokens, self.width
         up = 2 if self.kind == "llama" else 1
         shapes = [(w, w)] * 4 + [(w, self.inner)] * up + [(self.inner, w)]

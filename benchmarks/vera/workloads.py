@@ -11,6 +11,7 @@ from torch import Tensor
 from workload import INPUT_SETS, Device, Workload, in_turn, normal
 
 from vera import models, parity
+from vera.floor import fewest
 from vera.norms import NORMS
 from vera.providers import PROVIDERS, Layer
 
@@ -42,8 +43,6 @@ class Adapted(Workload):
 
     def operations(self) -> int:
         """Of the base layer, and of the adapter's products in the form with the fewest."""
-        from fmkernels.ops.vera_linear.formulation import fewest
-
         sizes = (self.tokens, self.into, self.out, self.rank)
         adapter = fewest(*sizes, exact=self.dtype == torch.float32)
         return 4 * self.tokens * self.into * self.out + 2 * adapter

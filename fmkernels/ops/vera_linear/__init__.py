@@ -105,7 +105,8 @@ def vera_linear(
     if u is not None:
         _check_u(u, x, A, drops)
     x = lower_precision(x)
-    form = _form(x, weight, bias, A, adapter_ids, drops, merge, u)
+    one = adapter_ids is None and not drops and not (u is not None and u.requires_grad)
+    form = form_of(x, weight, bias, A, one=one, merge=merge, keeps_x=u is None)
     if form == "refolded" and u is None and not _is_differentiated(x, lambda_d, lambda_b):
         form = "merged"  # the same Y; U is for gradients
     if form in DENSE:
@@ -121,8 +122,8 @@ def vera_linear(
         )
         return y.reshape(*x.shape[:-1], y.shape[1])
     layer = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if drops or is_trained(weight, bias):
-        if u is None or (torch.is_grad_enabled() and x.requires_grad and not u.requires_grad):
+    if drops or _is_trained(weight, bias):
+        if u is None or (_is_differentiated(x) and not u.requires_grad):
             u = vera_shrink(vera_dropout(x, dropout_p, seed=seed) if drops else x, A)
         base = F.linear(*layer)
         return vera_expand(base, u, lambda_d, lambda_b, B, adapter_ids=adapter_ids)
@@ -139,28 +140,40 @@ def vera_linear(
     return y.reshape(*x.shape[:-1], width)
 
 
-def _form(
+def form_of(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     A: Tensor,
-    adapter_ids: Tensor | None,
-    drops: bool,
-    merge: bool | None,
-    u: Tensor | None,
+    *,
+    one: bool = True,
+    merge: bool | None = None,
+    keeps_x: bool = True,
+    readers: int = 1,
 ) -> Formulation:
-    """The form for these arguments."""
-    through_u = u is not None and u.requires_grad
-    fixed = through_u or drops or adapter_ids is not None or is_trained(weight, bias)
+    """The form for x in the dtype of the products.
+
+    Args:
+        x: (…, m).
+        weight: (n, m).
+        bias: (n), or None.
+        A: (r, ≥ m).
+        one: whether there is one adapter, which sees all of x and hands its gradient to x itself.
+        merge: as in :func:`vera_linear`.
+        keeps_x: whether a form that makes no U will do.
+        readers: how many layers share U.
+    """
+    exact = x.dtype in EXACT
     return formulation(
         x.shape[:-1].numel(),
         x.shape[-1],
         weight.shape[0],
         A.shape[0],
-        builds=not fixed,
-        merge=x.dtype in EXACT if merge is None else merge,
-        keeps_x=u is None,
-        parts=1 if x.dtype in EXACT else 2,
+        builds=one and not _is_trained(weight, bias),
+        merge=exact if merge is None else merge,
+        keeps_x=keeps_x,
+        readers=readers,
+        parts=1 if exact else 2,
     )
 
 
@@ -168,7 +181,7 @@ def _is_differentiated(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the layer itself is: then it needs its own product, and no ΔW is built."""
     return weight.requires_grad or (bias is not None and bias.requires_grad)
 
@@ -247,7 +260,7 @@ def _check_merge(
     reasons = {
         "adapter_ids": adapter_ids is not None,
         "dropout": drops,
-        "a weight or bias that requires a gradient": is_trained(weight, bias),
+        "a weight or bias that requires a gradient": _is_trained(weight, bias),
     }
     for what, holds in reasons.items():
         if holds:

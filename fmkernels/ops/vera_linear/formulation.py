@@ -79,10 +79,3 @@ def formulation(
         if allowed and cost[form] < cost[best]:  # min() cannot be traced
             best = form
     return best
-
-
-def fewest(tokens: int, in_features: int, out_features: int, rank: int, *, exact: bool) -> int:
-    """The multiplications of that form, for one layer that reads x, in float32 or a half type."""
-    sizes, parts = (tokens, in_features, out_features, rank), 1 if exact else 2
-    taken = formulation(*sizes, builds=True, merge=exact, parts=parts)
-    return multiplications(*sizes, parts=parts)[taken]
