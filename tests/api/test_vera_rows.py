@@ -467,9 +467,11 @@ def test_one_product_for_query_key_and_value(shrinks, reentrant):
         shrinks.clear()
         y = model(x, adapter_names=names)
         count = 2 if names is None else 3
-        assert len(shrinks) == count, names
+        # without gradients, as the reentrant kind begins, a folded weight needs no U
+        first = 0 if reentrant and names is None else count
+        assert len(shrinks) == first, names
         y.sum().backward()
-        assert len(shrinks) == (count if reentrant is None else 2 * count), names
+        assert len(shrinks) == (count if reentrant is None else first + count), names
 
 
 def test_shared_u_in_every_order_of_passes():
