@@ -123,12 +123,18 @@ def test_the_reader_is_ahead_of_the_search(tmp_path, small_tiles, monkeypatch):
     assert began == [0, 1024]
 
 
+@pytest.fixture
 def no_reader():
-    return not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    """Whether no thread of a pool has begun in this test and still runs; PyTorch's compiler has
+    pools of its own."""
+    before = set(threading.enumerate())
+    return lambda: not [t for t in set(threading.enumerate()) - before if "ThreadPool" in t.name]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_search_ends_its_thread(tmp_path, small_tiles, monkeypatch, error):
+def test_an_interrupted_search_ends_its_thread(
+    tmp_path, small_tiles, monkeypatch, error, no_reader
+):
     np.save(tmp_path / "bank.npy", np.ones((9000, 4), np.float32))
     calls = []
 
@@ -145,7 +151,9 @@ def test_an_interrupted_search_ends_its_thread(tmp_path, small_tiles, monkeypatc
     assert no_reader()
 
 
-def test_an_error_of_the_reader_is_an_error_of_the_search(tmp_path, small_tiles, monkeypatch):
+def test_an_error_of_the_reader_is_an_error_of_the_search(
+    tmp_path, small_tiles, monkeypatch, no_reader
+):
     np.save(tmp_path / "bank.npy", np.ones((9000, 4), np.float32))
     read = bank_file.BankFile._read
 
@@ -162,7 +170,7 @@ def test_an_error_of_the_reader_is_an_error_of_the_search(tmp_path, small_tiles,
 
 @pytest.mark.parametrize("change", [-5000, -1, 1])
 @pytest.mark.parametrize("when", ["before", "during"])
-def test_a_file_that_changes_its_size(tmp_path, small_tiles, monkeypatch, change, when):
+def test_a_file_that_changes_its_size(tmp_path, small_tiles, monkeypatch, change, when, no_reader):
     path = tmp_path / "bank.npy"
     np.save(path, np.ones((9000, 4), np.float32))
     bank = open_bank(path)
